@@ -1,0 +1,91 @@
+# `make demo` and `make test` do everything on a machine with Python >= 3.11 (with venv) and make.
+# Which build of torch pip takes (CPU, CUDA) is decided by its indexes, as usual: see PIP_EXTRA_INDEX_URL.
+#
+#   PYTHON=python3.12        another interpreter for the environment
+#   PYTEST_ARGS="-n 2 -x"    more arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+MINIMUM := .cache/minimum
+FAST := not slow and not gpu and not consumer and not browser and not vllm
+SOURCES := calib tests benchmarks
+
+# Worker threads that wait politely: two pools of threads (torch and numba) share the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help venv demo test test-slow test-gpu test-consumers test-browser test-vllm test-minimum lint format bench clean
+
+help:
+	@echo "make demo            install, fetch a real 135 M model, measure it, choose INT8 scales"
+	@echo "make test            fast tests, with coverage of calib/ at 90 % or more"
+	@echo "make test-slow       whole runs on real models"
+	@echo "make test-gpu        tests that need a CUDA device"
+	@echo "make test-consumers  tests that load exports in other programs (test-browser, test-vllm likewise)"
+	@echo "make test-minimum    fast tests with the oldest supported transformers"
+	@echo "make lint            ruff, mypy --strict, import layers (make format repairs what ruff can)"
+	@echo "make bench           paired measurement of the overhead against a plain forward pass"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "calib needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf demo
+	mkdir demo
+	model=$$($(BIN)/python benchmarks/assets.py smollm2) && $(BIN)/calib measure "$$model" -o demo/measurement
+	$(BIN)/calib quantize demo/measurement --bits 8 -o demo/int8
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "$(FAST)" --cov=calib --cov-fail-under=90 $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu and not consumer and not browser and not vllm" $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device: nothing to test")'
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-consumers: $(INSTALLED)
+	$(BIN)/python -m pytest -m consumer $(PYTEST_ARGS)
+
+test-browser: $(INSTALLED)
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+test-vllm: $(INSTALLED)
+	$(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+
+# The names that constraints-minimum.txt pins replace their lines in constraints.txt.
+$(MINIMUM)/.installed: setup.cfg constraints.txt constraints-minimum.txt
+	$(PYTHON) -m venv $(MINIMUM)
+	grep -v -i -E "^($$(sed -n 's/==.*//p' constraints-minimum.txt | paste -s -d '|' -))==" constraints.txt > $(MINIMUM)/constraints.txt
+	grep -v '^#' constraints-minimum.txt >> $(MINIMUM)/constraints.txt
+	$(MINIMUM)/bin/python -m pip --disable-pip-version-check install --quiet -c $(MINIMUM)/constraints.txt -e ".[test]"
+	touch $@
+
+test-minimum: $(MINIMUM)/.installed
+	$(MINIMUM)/bin/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/measure_overhead.py
+
+clean:
+	rm -rf $(VENV) $(MINIMUM) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`measure`: one pass of a model over a corpus."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from calib import __version__
+from calib.corpus import TokenBlocks
+from calib.errors import GateError, ModelError, UsageError
+from calib.measurement.artifact import Measurement, plan_gate
+from calib.measurement.calibration import Calibration
+from calib.measurement.head import can_skip_head, takes_cache, without_head
+from calib.measurement.weights import measure_weights
+from calib.models import OpenedModel, check_token_ids
+from calib.schema.provenance import RunProvenance
+
+__all__ = ["MeasureOptions", "measure"]
+
+_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+"""Enough for matrix multiplication to be efficient; activations of a batch stay small beside the model."""
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "tokenizers", "safetensors")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How to measure.
+
+    Attributes:
+        batch_size: rows per forward pass; None chooses about 2,048 tokens on a CPU and 16,384 on a GPU. Part of the
+            plan: another batch size may change a model's own arithmetic in the last bits.
+        sites, ignore: patterns, see `sites.Selection`.
+        statistics: ``full`` or ``ranges``.
+        kernel: see `kernels.make_kernel`.
+        threads: of the CPU kernel; torch's number by default.
+        sink_positions: first tokens of a row that are kept apart.
+        shard: (i, n): only every n-th batch of the plan, from the i-th on; merging all shards gives the whole.
+        weights: measure the weights too.
+        protocol: recorded.
+        command: recorded.
+    """
+
+    batch_size: int | None = None
+    sites: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    statistics: str = "full"
+    kernel: str = "auto"
+    threads: int | None = None
+    sink_positions: int = 4
+    shard: tuple[int, int] = (0, 1)
+    weights: bool = True
+    protocol: str | None = None
+    command: str = "calib.measure"
+
+
+def measure(
+    opened: OpenedModel,
+    blocks: TokenBlocks,
+    options: MeasureOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    around: Callable[[Calibration], Any] | None = None,
+    skip: Sequence[int] = (),
+) -> Measurement:
+    """Runs a model over a corpus once and returns everything that was seen.
+
+    Args:
+        opened: the model; used in evaluation mode, without gradients, cache or language-model head.
+        blocks: the corpus.
+        options: how to measure.
+        progress: called with (tokens done, tokens in all) after each batch.
+        should_stop: asked after each batch; if it says yes the measurement ends there, with the gate `plan_complete` open.
+        around: makes a context manager to run inside, given the calibration; how protocols watch more.
+        skip: batches of the plan that another measurement already holds.
+
+    Raises:
+        UsageError: options do not fit each other or the model.
+        ModelError: the model cannot run these blocks, or memory does not suffice.
+        GateError: nothing was measured.
+    """
+    options = options or MeasureOptions()
+    model, device = opened.model, _device(opened)
+    check_token_ids(torch.from_numpy(blocks.input_ids), model)
+    batch_size = options.batch_size or _auto_batch_size(blocks, device)
+    plan = blocks.batches(batch_size)
+    mine = [i for i in _shard(len(plan), options.shard) if i not in set(skip)]
+    calibration = Calibration(
+        model,
+        sites=options.sites,
+        ignore=options.ignore,
+        statistics=options.statistics,
+        kernel=options.kernel,
+        threads=options.threads,
+        sink_positions=options.sink_positions,
+    )
+    started, begin = datetime.now(UTC), time.perf_counter()
+    total = int(sum(blocks.lengths[plan[i]].sum() for i in mine))
+    done, run = 0, []
+    head = without_head(model) if can_skip_head(model, device) else nullcontext()
+    with torch.no_grad(), head, calibration, around(calibration) if around else nullcontext():
+        for index in mine:
+            rows = plan[index]
+            _forward(opened, calibration, blocks, rows, device)
+            run.append(index)
+            done += int(blocks.lengths[rows].sum())
+            if progress is not None:
+                progress(done, total)
+            if should_stop is not None and should_stop():
+                break
+    threads = options.threads or torch.get_num_threads()
+    weights = measure_weights(model, kernel=options.kernel, threads=threads) if options.weights else {}
+    provenance = RunProvenance(
+        command=options.command,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - begin, 3),
+        device=_device_name(device),
+        dtype=opened.provenance.dtype,
+        batch_size=batch_size,
+        batches=run,
+        planned_batches=len(plan),
+        sink_positions=options.sink_positions,
+        attention=getattr(getattr(model, "config", None), "_attn_implementation", None),
+        kernel=calibration.kernel_name,
+        threads=threads,
+        sites_pattern=list(options.sites),
+        ignore_pattern=list(options.ignore),
+        versions=_versions(),
+        protocol=options.protocol,
+    )
+    sites = calibration.sites()
+    gates = [*calibration.gates(), plan_gate(provenance)]
+    return Measurement(sites, weights, opened.provenance, blocks.provenance, provenance, gates)
+
+
+def resume(
+    opened: OpenedModel, blocks: TokenBlocks, held: Measurement, options: MeasureOptions, **more: Any
+) -> Measurement:
+    """Measures the batches of the plan that `held` lacks and merges both."""
+    options = replace(options, batch_size=held.run.batch_size, weights=False)
+    rest = measure(opened, blocks, options, skip=held.run.batches, **more)
+    return held.merge(replace(rest, weights=held.weights))
+
+
+def _forward(
+    opened: OpenedModel, calibration: Calibration, blocks: TokenBlocks, rows: np.ndarray[Any, Any], device: torch.device
+) -> None:
+    """One batch. Padding is cut to the longest row and masked."""
+    lengths = blocks.lengths[rows]
+    width = int(lengths.max())
+    ids = blocks.input_ids[rows, :width]
+    valid = np.arange(width) < lengths[:, None]
+    calibration.annotate(document=blocks.document[rows], domain=blocks.domain[rows].astype(np.int16), valid=valid)
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device)}
+    if not valid.all():
+        inputs["attention_mask"] = torch.from_numpy(valid.astype(np.int64)).to(device)
+    if takes_cache(opened.model):
+        inputs["use_cache"] = False
+    try:
+        opened.model(**inputs)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory(opened, ids.shape) from error
+    except RuntimeError as error:
+        if "not enough memory" in str(error) or "alloc" in str(error).lower():
+            raise _out_of_memory(opened, ids.shape) from error
+        raise ModelError(
+            f"{opened.provenance.name}: its forward pass failed on token ids {tuple(ids.shape)} ({error}); "
+            "check --max-length against the model's context"
+        ) from error
+
+
+def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...]) -> ModelError:
+    predicted = opened.provenance.parameters * torch.finfo(next(opened.model.parameters()).dtype).bits // 8
+    return ModelError(
+        f"{opened.provenance.name}: out of memory in a batch of {shape[0]} x {shape[1]} tokens beside "
+        f"{predicted / 2**30:.1f} GiB of weights; pass a smaller --batch-size or --max-length, --dtype bfloat16, "
+        "or --statistics ranges"
+    )
+
+
+def _device(opened: OpenedModel) -> torch.device:
+    """Where inputs go: the device of the input embedding, or of the first parameter."""
+    getter = getattr(opened.model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter is not None else None
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    weight = getattr(embedding, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else next(opened.model.parameters()).device
+
+
+def _auto_batch_size(blocks: TokenBlocks, device: torch.device) -> int:
+    tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH["cuda"])
+    return max(1, tokens // int(blocks.input_ids.shape[1]))
+
+
+def _shard(batches: int, shard: tuple[int, int]) -> list[int]:
+    index, count = shard
+    if count < 1 or not 0 <= index < count:
+        raise UsageError(f"--shard {index}/{count}: pass i/n with 0 <= i < n")
+    mine = list(range(index, batches, count))
+    if not mine:
+        raise GateError(f"--shard {index}/{count}: the plan has only {batches} batches; use fewer shards")
+    return mine
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device.type}: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"calib": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ports see the same tensor. Worked out in the first forward pass and frozen.
+
+Two ports see one tensor if they see the same elements of the same storage in the same state: equal storage, offset,
+shape, strides and version. The storage is held by a weak reference, which keeps its identity from being given to
+another one but not its memory; the version counts in-place writes. An address alone would not do, because memory is
+reused within one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from calib.kernels import Accumulator
+from calib.sites.port import KINDS, Port
+
+__all__ = ["Group", "Tracer"]
+
+Call = tuple[int, int]
+"""A port by its number, and how many times it had fired before in the same forward pass."""
+
+
+@dataclass
+class Group:
+    """One tensor, and all ports that see it."""
+
+    members: list[Call]
+    accumulator: Accumulator | None
+    dtype: str
+    channels: int
+
+    def named(self, ports: list[Port], calls: dict[int, int]) -> tuple[str, str, dict[str, str]]:
+        """Canonical name, kind, and aliases with their kinds.
+
+        Args:
+            ports: all ports, by number.
+            calls: how often each port fires in one forward pass.
+        """
+        members = sorted(self.members, key=lambda m: (ports[m[0]].sort_key, m[1], KINDS.index(ports[m[0]].kind)))
+        kinds: dict[str, list[Port]] = {}
+        for number, call in members:
+            name = ports[number].name + (f"#{call}" if calls[number] > 1 else "")
+            kinds.setdefault(name, []).append(ports[number])
+
+        def kind_of(held: list[Port]) -> str:
+            strong = [p.kind for p in held if not p.weak] or [p.kind for p in held]
+            return min(strong, key=KINDS.index)
+
+        name, *others = kinds
+        everything = [ports[number] for number, _ in members]
+        return name, kind_of(everything), {other: kind_of(kinds[other]) for other in others}
+
+
+@dataclass
+class Tracer:
+    """The groups of one forward pass, in the order of their first sight."""
+
+    groups: list[Group] = field(default_factory=list)
+    _known: dict[Hashable, Group] = field(default_factory=dict)
+    _held: list[StorageWeakRef] = field(default_factory=list)
+
+    def find(self, call: Call, raw: torch.Tensor, view: torch.Tensor) -> tuple[Group, bool]:
+        """The group of a tensor, and whether it is new.
+
+        Args:
+            call: who sees it.
+            raw: the tensor as the module has it.
+            view: the same in the layout ``[blocks, tokens, channels]``; a copy if strides did not allow a view.
+        """
+        same_memory = view.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr()
+        seen = view if same_memory else raw
+        storage = StorageWeakRef(seen.untyped_storage())
+        version = 0 if seen.is_inference() else seen._version
+        key = (storage.cdata, seen.storage_offset(), tuple(seen.shape), seen.stride(), version)
+        group = self._known.get(key)
+        if group is not None:
+            group.members.append(call)
+            return group, False
+        group = Group([call], None, str(raw.dtype).removeprefix("torch."), view.shape[-1])
+        self._known[key] = group
+        self._held.append(storage)
+        self.groups.append(group)
+        return group, True

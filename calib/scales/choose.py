@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`choose_scales`: from a measurement to a scale file, without the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from calib import __version__
+from calib.errors import ArtifactError, UsageError
+from calib.scales.grid import Grid
+from calib.scales.methods import parse_method
+from calib.scales.selected import Selected, is_quantized, select
+from calib.scales.tensors import activation_scale, weight_scale
+from calib.scales.verdict import Judgement, judge_model
+from calib.schema.provenance import Producer
+from calib.schema.scales import ScaleFile, TensorScale
+
+if TYPE_CHECKING:
+    from calib.measurement.artifact import Measurement
+    from calib.measurement.site import Site
+
+__all__ = ["choose_scales"]
+
+
+def choose_scales(
+    measurement: Measurement,
+    *,
+    bits: int = 8,
+    method: str = "absmax",
+    symmetric: bool = True,
+    granularity: Literal["per-tensor", "per-channel"] = "per-tensor",
+    weight_granularity: Literal["per-row", "per-tensor"] = "per-row",
+    weight_method: str = "absmax",
+    weight_symmetric: bool = True,
+    sites: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+) -> ScaleFile:
+    """Chooses a scale for every measured tensor and says what error to expect.
+
+    A tensor that several modules read has one entry, under its canonical name; the others are in `shared_with`.
+    A tensor whose values are all 0 gets no entry, for no scale follows from its data: modules that read it are listed
+    in `ignore`, and the reason of the file names it.
+
+    Args:
+        measurement: of a model on a corpus.
+        bits: of activations and weights, 2 to 16.
+        method: for activations, ``name`` or ``name:number``; `calib methods` lists them.
+        symmetric: grid of activations. Per-channel scales always span the channel's min and max.
+        granularity: one scale per site, or one per channel of it.
+        weight_granularity: one scale per output row, or one per weight.
+        weight_method: for weights with one scale; rows always span their min and max.
+        weight_symmetric: grid of weights; consumers of INT8 require True.
+        sites: patterns of tensors wanted; all if absent.
+        ignore: patterns of tensors left in floating point.
+
+    Raises:
+        UsageError: bits, method, granularity or a pattern is invalid.
+        ArtifactError: the measurement lacks what the method needs.
+        GateError: a tensor held NaN or infinite values, or was never reached.
+    """
+    grid, weight_grid = Grid(bits, symmetric), Grid(bits, weight_symmetric)
+    chosen, weight_chosen = parse_method(method), parse_method(weight_method)
+    _check_granularity(granularity, ("per-tensor", "per-channel"), chosen.label)
+    _check_granularity(weight_granularity, ("per-row", "per-tensor"), weight_chosen.label)
+    selected = select(measurement, sites, ignore)
+
+    tensors: dict[str, TensorScale] = {}
+    zero: list[str] = []
+    per_channel = granularity == "per-channel"
+    for name, site in selected.sites.items():
+        if per_channel and site.statistics.channels is None:
+            raise ArtifactError(f"{name}: its channels were not measured; use per-tensor, or measure all statistics")
+        scale = activation_scale(name, site, chosen, grid, per_channel=per_channel)
+        if scale is None:
+            zero.append(name)
+        else:
+            tensors[name] = scale
+    for name, weight in selected.weights.items():
+        scale = weight_scale(name, weight, weight_chosen, weight_grid, per_row=weight_granularity == "per-row")
+        if scale is None:
+            zero.append(name)
+        else:
+            tensors[name] = scale
+
+    judgement = _judge(selected, tensors, zero)
+    return ScaleFile(
+        producer=Producer(version=__version__),
+        model=measurement.model,
+        corpus=measurement.corpus,
+        measurement_sha256=measurement.sha256,
+        method=chosen.label,
+        bits=bits,
+        tensors=tensors,
+        coverage=dict(sorted(Counter(tensor.kind for tensor in tensors.values()).items())),
+        gates={gate.name: gate.passed for gate in measurement.gates},
+        ignore=_modules_in_float(measurement, [*selected.ignored, *zero]),
+        verdict=judgement.verdict,
+        reason=judgement.reason,
+    )
+
+
+def _check_granularity(granularity: str, valid: tuple[str, ...], method: str) -> None:
+    if granularity not in valid:
+        raise UsageError(f"granularity '{granularity}': unknown here; choose one of {', '.join(valid)}")
+    if granularity != "per-tensor" and method not in ("absmax", "percentile:100"):
+        raise UsageError(f"method {method}: {granularity} scales span min and max; use absmax, or per-tensor")
+
+
+def _judge(selected: Selected, tensors: dict[str, TensorScale], zero: list[str]) -> Judgement:
+    counted = [name for name, site in selected.sites.items() if is_quantized(site)]
+    counted += list(selected.weights)
+    judged = [(name, Judgement(tensors[name].verdict, tensors[name].reason)) for name in counted if name in tensors]
+    judgement = judge_model(judged)
+    if not zero:
+        return judgement
+    listed = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
+    return Judgement(judgement.verdict, f"{judgement.reason}; no scale for {listed}: all values are 0")
+
+
+def _modules_in_float(measurement: Measurement, names: list[str]) -> list[str]:
+    """Modules whose weight or linear input is among these tensors, once each, in order."""
+    modules: dict[str, None] = {}
+    for name in names:
+        if name in measurement.weights:
+            modules[measurement.weights[name].module] = None
+        else:
+            modules |= dict.fromkeys(_readers(name, measurement.sites[name]))
+    return list(modules)
+
+
+def _readers(name: str, site: Site) -> list[str]:
+    kinds = {name: site.kind, **site.aliases}
+    return [reader.partition(":")[0] for reader, kind in kinds.items() if kind == "linear_input"]

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the ports of a model: every place whose tensor a deployment may quantize or the paper measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from calib.errors import ModelError
+from calib.sites.port import Axes, Port
+from calib.sites.structure import Block, Structure, is_activation, is_norm, is_projection
+
+__all__ = ["find_ports"]
+
+
+def find_ports(model: nn.Module) -> list[Port]:
+    """All ports of a model, in module order.
+
+    Raises:
+        ModelError: nothing that could be measured was found.
+    """
+    structure = Structure.of(model)
+    ports = {(port.name, port.kind): port for port in _ports(model, structure)}
+    if not ports:
+        raise ModelError(
+            f"{type(model).__name__}: no linear layer, convolution, norm or block was found; "
+            "calib measures modules, so pass the model whose forward pass you deploy"
+        )
+    return sorted(ports.values(), key=lambda p: (p.sort_key, p.kind))
+
+
+def _ports(model: nn.Module, structure: Structure) -> Iterator[Port]:
+    modules = dict(model.named_modules())
+
+    def port(name: str, where: str, kind: str, **more: Any) -> Port:
+        block = structure.block_of(name)
+        layer = block.layer if block is not None else None
+        return Port(name, where, kind, structure.order[name], layer, **more)
+
+    if structure.embedding is not None:
+        yield port(structure.embedding, "output", "embedding")
+    for block in structure.blocks:
+        yield from _block_ports(block, structure, port)
+    for name in structure.attentions:
+        if _calls_attention_interface(modules[name]):
+            for part in ("query", "key", "value"):
+                yield port(name, part, part, axes="heads")
+    for name, (_, index) in structure.routers.items():
+        yield port(name, "output", "router", index=index)
+    yield from _module_ports(modules, structure, port)
+
+
+def _module_ports(modules: dict[str, nn.Module], structure: Structure, port: Any) -> Iterator[Port]:
+    """Norms, projections and activation functions, wherever they are."""
+    for name, module in modules.items():
+        inside = structure.block_of(name) is not None
+        if is_norm(module):
+            final = not inside and _after_blocks(name, structure)
+            yield port(name, "output", "final_norm" if final else "norm_output")
+            if inside:
+                yield port(name, "input", "residual", weak=True)
+        elif is_projection(module):
+            axes: Axes = "channels_first" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "tokens"
+            yield port(name, "input", "linear_input", axes=axes)
+            if name != structure.head:
+                yield port(name, "output", "linear_output", axes=axes)
+        elif is_activation(module) and inside:
+            yield port(name, "input", "gate")
+
+
+def _block_ports(block: Block, structure: Structure, port: Any) -> Iterator[Port]:
+    """Residual stream around a block, and the outputs of its attention and feed-forward halves."""
+    if block.first:
+        yield port(block.name, "input", "residual")
+    yield port(block.name, "output", "residual")
+    attention: list[tuple[str, nn.Module]] = []
+    feed_forward: list[tuple[str, nn.Module]] = []
+    for name, child in _parts(block):
+        inside = [n for n in structure.attentions if n == name or n.startswith(name + ".")]
+        (attention if inside or _mixes_tokens(child) else feed_forward).append((name, child))
+    for name, child in attention:
+        last = _last_projection(name, child)
+        if last is not None:
+            yield port(last, "output", "attention_output")
+    experts = [name for name, child in feed_forward if _has_experts(child)]
+    for name in experts:
+        yield port(name, "output", "mlp_output")
+    if not experts:
+        lasts = [last for name, child in feed_forward if (last := _last_projection(name, child)) is not None]
+        if lasts:
+            yield port(lasts[-1], "output", "mlp_output")
+
+
+def _parts(block: Block) -> Iterator[tuple[str, nn.Module]]:
+    """Direct children of a block, looking through lists (T5 keeps its two halves in a `ModuleList`)."""
+    for key, child in block.module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{block.name}.{key}.{inner}", part) for inner, part in child.named_children())
+        else:
+            yield f"{block.name}.{key}", child
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """Recurrent and linear-attention mixers, which no attention class declares: they hold a convolution or a state."""
+    return any(isinstance(m, nn.Conv1d | nn.MultiheadAttention) for m in module.modules()) or any(
+        n.rpartition(".")[2] in {"A_log", "dt_bias"} for n, _ in module.named_parameters()
+    )
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
+
+
+def _last_projection(name: str, module: nn.Module) -> str | None:
+    """Name of the last projection of a module in definition order: o_proj, down_proj, c_proj, dense ..."""
+    inner = [n for n, m in module.named_modules() if is_projection(m)]
+    if not inner:
+        return None
+    return f"{name}.{inner[-1]}" if inner[-1] else name
+
+
+def _after_blocks(name: str, structure: Structure) -> bool:
+    """Whether a norm outside of all blocks is defined after a stack of blocks beside it: the final norm."""
+    parent = name.rpartition(".")[0]
+    before = [b for b in structure.blocks if b.name.startswith(parent + "." if parent else "")]
+    return bool(before) and structure.order[name] > max(structure.order[b.name] for b in before)
+
+
+def _calls_attention_interface(module: nn.Module) -> bool:
+    """Whether a forward dispatches through transformers' attention interface, where query, key and value can be seen.
+
+    Read from the compiled code's names, through decorators: 94 modeling files compute attention inline instead.
+    """
+    forward: Any = type(module).forward
+    while forward is not None:
+        code = getattr(forward, "__code__", None)
+        if code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} & set(code.co_names):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False

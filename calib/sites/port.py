@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Port`: a place where a tensor can be seen, before it is known which ports see the same one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["KINDS", "Axes", "Port"]
+
+Axes = Literal["tokens", "heads", "channels_first"]
+"""Layout of a raw tensor: ``[blocks, tokens, ...]``, ``[blocks, heads, tokens, dim]``, ``[blocks, channels, ...]``."""
+
+KINDS = (
+    "embedding",
+    "final_norm",
+    "router",
+    "gate",
+    "query",
+    "key",
+    "value",
+    "attention_output",
+    "mlp_output",
+    "residual",
+    "norm_output",
+    "linear_output",
+    "linear_input",
+)
+"""Site kinds. Where several ports see one tensor, the first of these names it; the others stay in its aliases."""
+
+_RANK = {"input": 0, "query": 1, "key": 2, "value": 3, "output": 4}
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor position of one module.
+
+    Attributes:
+        module: fully qualified module name; empty for the model itself.
+        port: input, output, query, key or value.
+        kind: one of `KINDS`.
+        order: position of the module in `named_modules()`.
+        layer: index of the block that the module belongs to, if any.
+        axes: layout of the raw tensor.
+        index: which element, where the module returns a tuple.
+        weak: its kind counts only if no other port of the same tensor has one: the input of a norm is the residual
+            stream in the middle of a block, unless it is the output of something that names it better.
+    """
+
+    module: str
+    port: str
+    kind: str
+    order: int
+    layer: int | None = None
+    axes: Axes = "tokens"
+    index: int = 0
+    weak: bool = False
+
+    @property
+    def name(self) -> str:
+        """``fqn:port``, without the call that a module used several times appends."""
+        return f"{self.module}:{self.port}"
+
+    @property
+    def sort_key(self) -> tuple[int, int]:
+        """Module order, then the order in which a module's ports are passed."""
+        return self.order, _RANK[self.port]
