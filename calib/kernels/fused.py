@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from calib.kernels import fused_loops as loops
+from calib.kernels.arena import PAGE, Arena, PagePool
 from calib.kernels.plan import RowPlan
 from calib.statistics.channels import ChannelStatistics
 from calib.statistics.documents import DocumentMaxima
 from calib.statistics.fault import Fault
 from calib.statistics.histogram import BINS, FloatHistogram
-from calib.statistics.observation import GROUPS, SINK
+from calib.statistics.observation import GROUPS
 from calib.statistics.peaks import PEAKS, PeakList
 from calib.statistics.range import Range
 from calib.statistics.site import SiteStatistics
@@ -30,8 +31,7 @@ from calib.statistics.summation import FixedPoint, exact_integer
 
 __all__ = ["FusedAccumulator", "FusedKernel"]
 
-_PAGE = 128
-_PAGES = BINS // _PAGE
+_PAGES = BINS // PAGE
 _SERIAL_ELEMENTS = 1 << 17
 """Below this size waking a thread costs more than it saves (about 0.1 ms of work)."""
 
@@ -50,6 +50,7 @@ class FusedKernel:
         self._pool: ThreadPoolExecutor | None = None
         self._dense = [np.zeros((GROUPS, BINS), np.int32) for _ in range(self.threads)] if full else []
         self._scratch: dict[str, NDArray[Any]] = {}
+        self.arena, self.pool = Arena(), PagePool()
 
     @property
     def name(self) -> str:
@@ -95,14 +96,19 @@ class FusedAccumulator:
 
     def __init__(self, kernel: FusedKernel) -> None:
         self._kernel = kernel
-        self._range = Range.empty()
+        zeros = kernel.arena.zeros
+        self._low, self._high = zeros((GROUPS,), np.float32), zeros((GROUPS,), np.float32)
+        self._low[:], self._high[:] = np.inf, -np.inf
+        self._count, self._nonfinite = zeros((GROUPS,), np.int64), zeros((GROUPS,), np.int64)
+        self._total, self._energy = [0] * GROUPS, [0] * GROUPS
         self._fault = Fault()
-        self._documents: list[DocumentMaxima] = []
+        self._documents = _DocumentRows(kernel.arena)
         self._channels: tuple[NDArray[Any], ...] | None = None
-        self._pages = [_Pages(), _Pages()]
-        self._token_pages = [_Pages(), _Pages()]
-        self._peak_bits = np.zeros(PEAKS, np.uint32)
-        self._peak_place = np.zeros((PEAKS, 4), np.int64)
+        if kernel.full:
+            self._tables = zeros((2, GROUPS, _PAGES), np.int32)  # of values, and of token maxima
+            self._tables[:] = -1
+            self._peak_bits = zeros((PEAKS,), np.uint32)
+            self._peak_place = zeros((PEAKS, 4), np.int64)
         self._peaks = 0
 
     def update(self, values: torch.Tensor, plan: RowPlan) -> None:
@@ -138,7 +144,8 @@ class FusedAccumulator:
         )
         amax = np.maximum(np.maximum(largest, -smallest), np.float32(0))
         self._take_segments(values.shape[1], plan, nonfinite, amax, None, None)
-        self._take_extremes(smallest, largest, plan.segment_group)
+        np.minimum.at(self._low, plan.segment_group, smallest)
+        np.maximum.at(self._high, plan.segment_group, largest)
         return nonfinite
 
     def _update_full(self, values: NDArray[np.float32], plan: RowPlan) -> NDArray[np.int64]:
@@ -164,22 +171,23 @@ class FusedAccumulator:
         segment_total, segment_energy = np.empty(segments), np.empty(segments)
         amax = np.empty(segments, np.float32)
         if self._channels is None:
-            empty = ChannelStatistics.empty(channels)
-            self._channels = (empty.minimum, empty.maximum, empty.energy.high, empty.energy.low)
+            dtypes = (np.float32, np.float32, np.int64, np.int64)  # minimum, maximum, energy high and low
+            self._channels = tuple(kernel.arena.zeros((GROUPS, channels), dtype) for dtype in dtypes)
+            self._channels[0][:], self._channels[1][:] = np.inf, -np.inf
         loops.fold_units(
             plan.segment_group, plan.segment_units, total, energy, low, high, *self._channels,
             segment_total, segment_energy, amax,
         )  # fmt: skip
         self._take_segments(channels, plan, nonfinite, amax, segment_total, segment_energy)
+        values_tables, token_tables = self._tables
+        pool = kernel.pool
+        pool.reserve((shares + 1) * GROUPS * _PAGES)
         for share in range(shares):
-            for group, pages in enumerate(self._pages):
-                if group != SINK or (plan.segment_group == SINK).any():
-                    pages.fold(kernel._dense[share][group])
-        rest, sink = self._token_pages
-        rest.pages, sink.pages, self._peaks = loops.fold_peaks(
+            for group in np.unique(plan.segment_group):
+                loops.fold_histogram(kernel._dense[share][group], values_tables[group], pool.pages, pool.used)
+        self._peaks = loops.fold_peaks(
             values, bits, plan.rows, plan.row_group, row_amax, plan.context.group.shape[1],
-            plan.context.document, plan.context.token_id,
-            rest.table, sink.table, rest.pages, sink.pages, rest.used, sink.used,
+            plan.context.document, plan.context.token_id, token_tables, pool.pages, pool.used,
             self._peak_bits, self._peak_place, self._peaks,
         )  # fmt: skip
         return nonfinite
@@ -198,103 +206,83 @@ class FusedAccumulator:
         nonfinite = np.add.reduceat(unit_nonfinite, starts)
         rows = np.add.reduceat(plan.unit_stop - plan.unit_start, starts)
         count = rows * channels - nonfinite
-        exact_total, exact_energy = [0] * GROUPS, [0] * GROUPS
         if total is not None and energy is not None:
             for group, t, e in zip(plan.segment_group, total, energy, strict=True):
-                exact_total[group] += exact_integer(float(t))
-                exact_energy[group] += exact_integer(float(e))
-        counts, bad = np.zeros(GROUPS, np.int64), np.zeros(GROUPS, np.int64)
-        np.add.at(counts, plan.segment_group, count)
-        np.add.at(bad, plan.segment_group, nonfinite)
-        empty = Range.empty()
-        self._range = self._range.merge(
-            Range(
-                empty.minimum,
-                empty.maximum,
-                counts,
-                bad,
-                (exact_total[0], exact_total[1]),
-                (exact_energy[0], exact_energy[1]),
-            )
-        )
-        maxima = np.full((plan.context.document.size, GROUPS), np.nan, np.float32)
-        maxima[plan.segment_block, plan.segment_group] = np.where(count > 0, amax, np.nan)
-        self._documents.append(DocumentMaxima(plan.context.document, plan.context.domain, maxima))
-
-    def _take_extremes(self, low: NDArray[np.float32], high: NDArray[np.float32], group: NDArray[np.int64]) -> None:
-        np.minimum.at(self._range.minimum, group, low)
-        np.maximum.at(self._range.maximum, group, high)
+                self._total[group] += exact_integer(float(t))
+                self._energy[group] += exact_integer(float(e))
+        np.add.at(self._count, plan.segment_group, count)
+        np.add.at(self._nonfinite, plan.segment_group, nonfinite)
+        self._documents.append(plan, np.where(count > 0, amax, np.float32(np.nan)))
 
     def result(self) -> SiteStatistics:
         """The statistics of all batches so far, a copy."""
         zero = np.float32(0)  # adding it turns -0 into +0
-        documents = _joined(self._documents)
-        if not self._kernel.full or self._channels is None:
-            base = self._range
-            return SiteStatistics(
-                Range(base.minimum + zero, base.maximum + zero, base.count, base.nonfinite, base.total, base.energy),
-                documents,
-                fault=self._fault,
+        low, high = self._low + zero, self._high + zero
+        channels = None
+        if self._channels is not None:
+            minimum, maximum, energy_high, energy_low = self._channels
+            channels = ChannelStatistics(
+                minimum + zero, maximum + zero, FixedPoint(energy_high.copy(), energy_low.copy())
             )
-        low, high, energy_high, energy_low = (array.copy() for array in self._channels)
-        used = self._peak_bits[: self._peaks]
-        place = self._peak_place[: self._peaks]
-        return SiteStatistics(
-            Range(
-                low.min(axis=1) + zero,
-                high.max(axis=1) + zero,
-                self._range.count,
-                self._range.nonfinite,
-                self._range.total,
-                self._range.energy,
-            ),
-            documents,
-            FloatHistogram.from_dense(np.stack([pages.dense() for pages in self._pages])),
-            ChannelStatistics(low + zero, high + zero, FixedPoint(energy_high, energy_low)),
-            PeakList.of(
-                used.view(np.float32),
-                place[:, 0],
-                place[:, 1].astype(np.int32),
-                place[:, 2].astype(np.int32),
-                place[:, 3],
-            ),
-            FloatHistogram.from_dense(np.stack([pages.dense() for pages in self._token_pages])),
-            self._fault,
+            low, high = channels.minimum.min(axis=1), channels.maximum.max(axis=1)
+        total, energy = (self._total[0], self._total[1]), (self._energy[0], self._energy[1])
+        span = Range(low, high, self._count.copy(), self._nonfinite.copy(), total, energy)
+        documents = self._documents.result()
+        if not self._kernel.full:
+            return SiteStatistics(span, documents, fault=self._fault)
+        used, place = self._peak_bits[: self._peaks], self._peak_place[: self._peaks]
+        peaks = PeakList.of(
+            used.view(np.float32),
+            place[:, 0],
+            place[:, 1].astype(np.int32),
+            place[:, 2].astype(np.int32),
+            place[:, 3],
         )
+        histogram, tokens = (self._histogram(tables) for tables in self._tables)
+        return SiteStatistics(span, documents, histogram, channels, peaks, tokens, self._fault)
 
-
-class _Pages:
-    """Counts of 65,536 bins, held in pages of 128 bins (one sign and exponent) that exist only if touched."""
-
-    def __init__(self) -> None:
-        self.table = np.full(_PAGES, -1, np.int32)
-        self.pages = np.zeros((0, _PAGE), np.int64)
-        self.used = np.zeros(1, np.int64)
-
-    def fold(self, dense: NDArray[np.int32]) -> None:
-        """Moves counts, int32 ``[65536]``, here."""
-        self.pages, self.used[0] = loops.fold_histogram(dense, self.table, self.pages, self.used[0])
-
-    def dense(self) -> NDArray[np.int64]:
-        """All counts, int64 ``[65536]``, in the bins of `FloatHistogram`: no -0, no overflow."""
-        counts = np.zeros((_PAGES, _PAGE), np.int64)
-        held = self.table >= 0
-        counts[held] = self.pages[self.table[held]]
-        flat = counts.ravel()
+    def _histogram(self, tables: NDArray[np.int32]) -> FloatHistogram:
+        """What the pool holds for two page tables, in the bins of `FloatHistogram`: no -0, no overflow."""
+        dense = np.zeros((GROUPS, _PAGES, PAGE), np.int64)
+        held = tables >= 0
+        dense[held] = self._kernel.pool.pages[tables[held]]
+        counts = dense.reshape(GROUPS, BINS)
         for infinity in (0x7F80, 0xFF80):
-            flat[infinity - 1] += flat[infinity]
-            flat[infinity] = 0
-        flat[0] += flat[0x8000]
-        flat[0x8000] = 0
-        return flat
+            counts[:, infinity - 1] += counts[:, infinity]
+            counts[:, infinity] = 0
+        counts[:, 0] += counts[:, 0x8000]
+        counts[:, 0x8000] = 0
+        return FloatHistogram.from_dense(counts)
 
 
-def _joined(parts: list[DocumentMaxima]) -> DocumentMaxima:
-    """All rows, one per document."""
-    if not parts:
-        return DocumentMaxima.empty()
-    return DocumentMaxima.of(
-        np.concatenate([p.document for p in parts]),
-        np.concatenate([p.domain for p in parts]),
-        np.concatenate([p.amax for p in parts]) + np.float32(0),
-    )
+class _DocumentRows:
+    """Document maxima as they come, one row per block, in an array that doubles."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._amax = arena.zeros((16, GROUPS), np.float32)
+        self._used = 0
+        self._plans: list[RowPlan] = []
+
+    def append(self, plan: RowPlan, amax: NDArray[np.float32]) -> None:
+        """Takes in the largest magnitude of each segment of a batch."""
+        blocks = plan.context.document.size
+        if self._used + blocks > self._amax.shape[0]:
+            grown = self._arena.zeros((2 * max(self._amax.shape[0], blocks), GROUPS), np.float32)
+            grown[: self._used] = self._amax[: self._used]
+            self._amax = grown
+        rows = self._amax[self._used : self._used + blocks]
+        rows[:] = np.nan
+        rows[plan.segment_block, plan.segment_group] = amax
+        self._used += blocks
+        self._plans.append(plan)
+
+    def result(self) -> DocumentMaxima:
+        """All rows, one per document."""
+        if not self._plans:
+            return DocumentMaxima.empty()
+        return DocumentMaxima.of(
+            np.concatenate([plan.context.document for plan in self._plans]),
+            np.concatenate([plan.context.domain for plan in self._plans]),
+            self._amax[: self._used] + np.float32(0),
+        )

@@ -266,34 +266,28 @@ def fold_units(  # type: ignore[no-untyped-def]
         segment_amax[segment] = amax
 
 
-@njit(cache=True, nogil=True, fastmath=_FASTMATH, inline="always")
-def _page_of(table, pages, used, key):  # type: ignore[no-untyped-def]
-    """Where the page of bins ``key * 128 ..`` lives; takes a new one, growing `pages`, if it has none yet."""
+@njit(cache=True, nogil=True, inline="always")
+def _page_of(table, used, key):  # type: ignore[no-untyped-def]
+    """Where the page of bins ``key * 128 ..`` of a histogram is in the pool; takes the next one if it has none yet."""
     if table[key] < 0:
-        if used == pages.shape[0]:
-            grown = np.zeros((max(8, 2 * used), _PAGE), np.int64)
-            grown[:used] = pages
-            pages = grown
-        table[key] = used
-        used += 1
-    return pages, used
+        table[key] = used[0]
+        used[0] += 1
+    return table[key]
 
 
-@njit(cache=True, nogil=True, fastmath=_FASTMATH)
+@njit(cache=True, nogil=True)
 def fold_histogram(dense, table, pages, used):  # type: ignore[no-untyped-def]
-    """Moves the counts of one group, int32 ``[65536]``, to its pages and clears them; returns (pages, used)."""
+    """Moves the counts of one group, int32 ``[65536]``, to its pages in the pool and clears them."""
     for key in range(table.size):
         counts = dense[key << _PAGE_BITS : (key + 1) << _PAGE_BITS]
         any_count = np.int32(0)
         for i in range(_PAGE):
             any_count |= counts[i]
         if any_count:
-            pages, used = _page_of(table, pages, used, key)
-            page = pages[table[key]]
+            page = pages[_page_of(table, used, key)]
             for i in range(_PAGE):
                 page[i] += counts[i]
                 counts[i] = 0
-    return pages, used
 
 
 @njit(cache=True, nogil=True, fastmath=_FASTMATH)
@@ -306,12 +300,9 @@ def fold_peaks(  # type: ignore[no-untyped-def]
     tokens,
     document,
     token_id,
-    rest_table,
-    sink_table,
-    rest_pages,
-    sink_pages,
-    rest_used,
-    sink_used,
+    token_tables,
+    pages,
+    used,
     peak_bits,
     peak_place,
     peak_used,
@@ -323,12 +314,12 @@ def fold_peaks(  # type: ignore[no-untyped-def]
         rows, row_group: of the `RowPlan`; row_amax: of `read_units`.
         tokens: tokens per block.
         document: int64 ``[blocks]``; token_id: int64 ``[blocks, tokens]``.
-        *_table: int32 ``[512]``; *_pages: int64 ``[n, 128]``; *_used: int64 ``[1]``: where token maxima are counted.
+        token_tables: int32 ``[2, 512]``; pages, used: the pool, with room for 512 more pages.
         peak_bits: uint32 ``[k]``, bits of the value; peak_place: int64 ``[k, 4]``, document, position, channel, token.
         peak_used: entries in use, sorted, best first.
 
     Returns:
-        (rest_pages, sink_pages, peak_used)
+        How many entries are in use now.
     """
     limit = peak_bits.size
     channels = values.shape[1]
@@ -337,13 +328,8 @@ def fold_peaks(  # type: ignore[no-untyped-def]
         bin_ = (amax + np.uint32(0x7FFF) + ((amax >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         bin_ = min(bin_, np.uint32(0x7F7F))
         key = np.int64(bin_ >> _PAGE_BITS)
-        group = row_group[index]
-        if group == 0:
-            rest_pages, rest_used[0] = _page_of(rest_table, rest_pages, rest_used[0], key)
-            rest_pages[rest_table[key], bin_ & np.uint32(_PAGE - 1)] += 1
-        else:
-            sink_pages, sink_used[0] = _page_of(sink_table, sink_pages, sink_used[0], key)
-            sink_pages[sink_table[key], bin_ & np.uint32(_PAGE - 1)] += 1
+        page = pages[_page_of(token_tables[row_group[index]], used, key)]
+        page[bin_ & np.uint32(_PAGE - 1)] += 1
         full = peak_used == limit
         if amax == 0 or (full and amax < peak_bits[limit - 1] & _MAGNITUDE):
             continue
@@ -375,4 +361,4 @@ def fold_peaks(  # type: ignore[no-untyped-def]
             peak_bits[at] = bits[row, c]
             peak_place[at, 0], peak_place[at, 1], peak_place[at, 2], peak_place[at, 3] = place
             peak_used = min(peak_used + 1, limit)
-    return rest_pages, sink_pages, peak_used
+    return peak_used

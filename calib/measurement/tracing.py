@@ -2,18 +2,18 @@
 """Which ports see the same tensor. Worked out in the first forward pass and frozen.
 
 Two ports see one tensor if they see the same elements of the same storage in the same state: equal storage, offset,
-shape, strides and version. The storage is held by a weak reference, which keeps its identity from being given to
-another one but not its memory; the version counts in-place writes. An address alone would not do, because memory is
-reused within one forward pass.
+shape, strides and version. A storage is known by its Python object, which lives as long as the storage itself and is
+referred to weakly, so that no activation is held: memory is reused within one forward pass, and an address alone would
+take strangers for one tensor. The version counts in-place writes.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from calib.kernels import Accumulator
 from calib.sites.port import KINDS, Port
@@ -60,8 +60,7 @@ class Tracer:
     """The groups of one forward pass, in the order of their first sight."""
 
     groups: list[Group] = field(default_factory=list)
-    _known: dict[Hashable, Group] = field(default_factory=dict)
-    _held: list[StorageWeakRef] = field(default_factory=list)
+    _known: dict[Hashable, tuple[weakref.ref[torch.UntypedStorage], Group]] = field(default_factory=dict)
 
     def find(self, call: Call, raw: torch.Tensor, view: torch.Tensor) -> tuple[Group, bool]:
         """The group of a tensor, and whether it is new.
@@ -71,17 +70,16 @@ class Tracer:
             raw: the tensor as the module has it.
             view: the same in the layout ``[blocks, tokens, channels]``; a copy if strides did not allow a view.
         """
-        same_memory = view.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr()
-        seen = view if same_memory else raw
-        storage = StorageWeakRef(seen.untyped_storage())
+        storage = raw.untyped_storage()
+        seen = view if view.untyped_storage() is storage else raw
         version = 0 if seen.is_inference() else seen._version
-        key = (storage.cdata, seen.storage_offset(), tuple(seen.shape), seen.stride(), version)
-        group = self._known.get(key)
-        if group is not None:
-            group.members.append(call)
-            return group, False
+        key = (storage.data_ptr(), seen.storage_offset(), tuple(seen.shape), seen.stride(), version)
+        if key in self._known:
+            alive, group = self._known[key]
+            if alive() is storage:
+                group.members.append(call)
+                return group, False
         group = Group([call], None, str(raw.dtype).removeprefix("torch."), view.shape[-1])
-        self._known[key] = group
-        self._held.append(storage)
+        self._known[key] = (weakref.ref(storage), group)
         self.groups.append(group)
         return group, True

@@ -40,8 +40,8 @@ def choose_scales(
     """Chooses a scale for every measured tensor and says what error to expect.
 
     A tensor that several modules read has one entry, under its canonical name; the others are in `shared_with`.
-    A tensor whose values are all 0 gets no entry, for no scale follows from its data: modules that read it are listed
-    in `ignore`, and the reason of the file names it.
+    A tensor whose values are all 0, or below the smallest step that float32 can divide by, gets no entry, for no scale
+    follows from its data: modules that read it are listed in `ignore`, and the reason of the file names it.
 
     Args:
         measurement: of a model on a corpus.
@@ -116,7 +116,7 @@ def _judge(selected: Selected, tensors: dict[str, TensorScale], zero: list[str])
     if not zero:
         return judgement
     listed = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-    return Judgement(judgement.verdict, f"{judgement.reason}; no scale for {listed}: all values are 0")
+    return Judgement(judgement.verdict, f"{judgement.reason}; no scale for {listed}: all values are 0 or nearly so")
 
 
 def _modules_in_float(measurement: Measurement, names: list[str]) -> list[str]:

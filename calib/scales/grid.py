@@ -76,7 +76,7 @@ class Grid:
         return f"(range_max - range_min)/{self.intervals}"
 
     def step(self, low: float, high: float) -> Step | None:
-        """The grid for a range; None if the range is so narrow that no usable scale exists (all values 0)."""
+        """The grid for a range; None if no usable scale exists: all values are 0, or below `SMALLEST_SCALE` steps."""
         # ends are rounded first, so that whoever derives the scale from the recorded range finds the same number
         low, high = float(np.float32(low)), float(np.float32(high))
         if self.symmetric:

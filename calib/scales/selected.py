@@ -91,8 +91,10 @@ def _check(sites: dict[str, Site], weights: dict[str, WeightSite]) -> None:
     if broken:
         name, number = broken[0]
         more = f" (and {len(broken) - 1} more tensors)" if len(broken) > 1 else ""
+        place = sites[name].statistics.fault.place if name in sites else None
+        where = "" if place is None else ", first at document {}, position {}, channel {}".format(*place)
         raise GateError(
-            f"{name}{more}: {number} NaN or infinite values were seen; "
+            f"{name}{more}: {number} NaN or infinite values were seen{where}; "
             "measure in another dtype, or leave the tensor out with --ignore"
         )
     unseen = [name for name, extent in ranges if not extent.count_all]

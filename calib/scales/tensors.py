@@ -26,7 +26,7 @@ __all__ = ["activation_scale", "weight_scale"]
 def activation_scale(
     name: str, site: Site, method: BoundMethod, grid: Grid, *, per_channel: bool = False
 ) -> TensorScale | None:
-    """Scale of one site; None if all of its values are 0, for then no scale follows from the data."""
+    """Scale of one site; None if all of its values are 0 or nearly so: then no scale follows from the data."""
     distribution = distribution_of(name, site, method)
     step = method.step(distribution, grid)
     if step is None:
@@ -74,7 +74,7 @@ def activation_scale(
 def weight_scale(
     name: str, weight: WeightSite, method: BoundMethod, grid: Grid, *, per_row: bool = True
 ) -> TensorScale | None:
-    """Scale of one weight, per output row or for all; None if all of its values are 0."""
+    """Scale of one weight, per output row or for all; None if all of its values are 0 or nearly so."""
     distribution = distribution_of(name, weight, method)
     step = method.step(distribution, grid)
     if step is None:

@@ -2,11 +2,12 @@
 """Expected error of scales that vary: one per token (dynamic) or one per row (weights).
 
 The histogram does not say which value belongs to which token. The model: a value is independent of its token's largest
-magnitude a, given that |x| <= a. Tokens are summarised by at most 8 groups of about equal scale. With shares w_j, largest
-magnitudes u_j and H(u) the share of all values up to u, a value of magnitude x belongs to group j with probability
-proportional to w_j / H(u_j) if x <= u_j, else 0. So every value keeps its place in the tensor's distribution, the
-energy is exact, and only the pairing of values with scales is modelled. The largest value of each token is the end of
-its grid and has no error: those values are known, and taken out first. The same model serves the rows of a weight.
+magnitude a, given that |x| <= a. Tokens are summarised by at most 8 groups of about equal scale. With shares w_j,
+largest magnitudes u_j and H(u) the share of all values up to u, a value of magnitude x belongs to group j with
+probability proportional to w_j / H(u_j) if x <= u_j, else 0. So every value keeps its place in the tensor's
+distribution, the energy is exact, and only the pairing of values with scales is modelled. The largest value of each
+token is the end of its grid and has no error: those values are known, and taken out first. The same model serves the
+rows of a weight.
 Sink positions and all others are modelled apart, because both their values and their scales differ.
 """
 
@@ -138,11 +139,11 @@ def per_row_error(distribution: Distribution, amax: NDArray[np.float32], scale: 
         amax: float32 ``[rows]``, largest magnitude of each row.
         scale: float32 ``[rows]``.
     """
-    some = np.flatnonzero(amax > 0)
-    if not some.size:
-        return ErrorSums().of(distribution, estimated=True)
-    order = some[np.argsort(amax[some], kind="stable")]
     # in bins of the histogram, as the maxima of tokens are
-    bins = bin_values(bfloat16_bins(amax[order]))
-    groups = _ScaleGroups.of(bins, scale[order].astype(np.float64), np.ones(order.size))
+    bins = bin_values(bfloat16_bins(amax))
+    order = np.argsort(bins, kind="stable")
+    order = order[bins[order] > 0]
+    if not order.size:
+        return ErrorSums().of(distribution, estimated=True)
+    groups = _ScaleGroups.of(bins[order], scale[order].astype(np.float64), np.ones(order.size))
     return _modelled(distribution, groups).of(distribution, estimated=True)

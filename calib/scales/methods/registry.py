@@ -71,7 +71,7 @@ class BoundMethod:
     parameter: float
 
     def step(self, distribution: Distribution, grid: Grid) -> Step | None:
-        """The grid that the method chooses; None where no usable scale exists because all values are 0."""
+        """The grid that the method chooses; None where no usable scale exists: all values are 0 or nearly so."""
         if grid.step(distribution.minimum, distribution.maximum) is None:
             return None
         chosen = grid.step(*self.method.choose(distribution, grid, self.parameter))
