@@ -1,1 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The command line. Commands import what they need when they run, so that `calib --help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from calib.errors import CalibError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "measure": "Run a model over text once and keep what its tensors held.",
+    "quantize": "Choose scales from a measurement, or from a model, and say what error to expect.",
+    "sites": "Show what would be measured, without measuring.",
+    "report": "Print what a measurement holds.",
+    "merge": "Join the shards of one measurement.",
+    "methods": "List the methods that choose scales.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is run or its help is read."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"calib.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="calib")
+def cli() -> None:
+    """Measure activations once, decide on quantization forever.
+
+    \b
+    calib measure MODEL -o measured             128 blocks of 512 tokens of the built-in corpus
+    calib quantize measured --bits 8 -o int8    scales.json and the error tables, offline
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and turns errors into one line and an exit code."""
+    own_process()
+    given = sys.argv[1:] if arguments is None else arguments
+    verbose = sum(a.count("v") for a in given if a.startswith("-v") and set(a[1:]) == {"v"})
+    try:
+        cli.main(args=given, prog_name="calib", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except CalibError as error:
+        if verbose > 1:
+            traceback.print_exc()
+        click.echo(f"calib: {' '.join(str(error).split())}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("calib: interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+def own_process() -> None:
+    """Settings that only the owner of a process may choose, before torch and numba are imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    cache = Path(os.environ.get("CALIB_CACHE", Path.home() / ".cache" / "calib"))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))

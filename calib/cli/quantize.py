@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`calib quantize DIR|MODEL --bits 8 -o DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calib.cli.options import corpus_options, measured, model_options, opened, output_options, run_options
+from calib.errors import GateError, Interrupted
+from calib.output import output_folder, require_free
+
+if TYPE_CHECKING:
+    from calib.measurement.artifact import Measurement
+
+__all__ = ["command"]
+
+
+@click.command("quantize")
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--bits", default=8, show_default=True, help="2 to 16.")
+@click.option("--method", default="absmax,percentile,mse,entropy", show_default=True,
+              help="Comma-separated; the first one chooses, all are compared.")  # fmt: skip
+@click.option("--symmetric/--asymmetric", default=True, show_default=True, help="Grid of activations.")
+@click.option(
+    "--granularity", type=click.Choice(["per-tensor", "per-channel"]), default="per-tensor", show_default=True
+)
+@click.option(
+    "--weight-granularity", type=click.Choice(["per-row", "per-tensor"]), default="per-row", show_default=True
+)
+@model_options
+@corpus_options
+@run_options
+@output_options
+def command(source: str, output: Path, **given: Any) -> None:
+    """Choose scales from SOURCE and say what error to expect.
+
+    SOURCE is a folder that `calib measure` wrote, which needs no model, or a model, which is measured first. Writes
+    scales.json. Exit code 3: a gate of the measurement failed, and no scales were written.
+    """
+    from calib.scales import Grid, choose_scales, compare_methods, parse_method, save_scales
+
+    require_free(output, overwrite=given["overwrite"])
+    Grid(given["bits"], given["symmetric"])
+    methods = [name.strip() for name in given["method"].split(",")]
+    for name in methods:
+        parse_method(name)
+    measurement = _measurement(source, given)
+    failed = [gate for gate in measurement.gates if not gate.passed]
+    if failed:
+        raise GateError(f"{source}: gate {failed[0].name} failed: {failed[0].detail}")
+    scales = choose_scales(
+        measurement,
+        bits=given["bits"],
+        method=methods[0],
+        symmetric=given["symmetric"],
+        granularity=given["granularity"],
+        weight_granularity=given["weight_granularity"],
+    )
+    rows = compare_methods(measurement, methods, given["bits"], given["symmetric"]) if measurement.full else []
+    with output_folder(output, overwrite=given["overwrite"]) as work:
+        save_scales(scales, work)
+    from calib.report.terminal import print_json, print_scales
+
+    if given["as_json"]:
+        print_json(output / "scales.json")
+    elif not given["quiet"]:
+        print_scales(scales, rows)
+        click.echo(f"wrote {output / 'scales.json'}")
+
+
+def _measurement(source: str, given: dict[str, Any]) -> Measurement:
+    """The measurement that a folder holds, or one taken now."""
+    from calib.measurement.artifact import RECORD, Measurement
+
+    folder = Path(source)
+    if (folder / RECORD).is_file() or (
+        folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf"))
+    ):
+        return Measurement.load(folder)
+    measurement, stopped = measured(opened(source, given), given)
+    if stopped:
+        raise Interrupted(f"{source}: interrupted while measuring; nothing was written, use `calib measure` to keep it")
+    return measurement

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress of long work: a bar with tokens per second and time left on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["progress"]
+
+_LOG_SECONDS = 15.0
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to call with (tokens done, tokens in all)."""
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        yield from _bar()
+    else:
+        yield _log()
+
+
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("measuring"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measure", total=None, rate="")
+        begin = time.perf_counter()
+
+        def report(done: int, total: int) -> None:
+            rate = done / max(time.perf_counter() - begin, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} tokens/s")
+
+        yield report
+
+
+def _log() -> Callable[[int, int], None]:
+    begin = last = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last < _LOG_SECONDS and done < total:
+            return
+        last = now
+        rate = done / max(now - begin, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        sys.stderr.write(f"measured {done:,} of {total:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left\n")
+
+    return report
