@@ -54,7 +54,7 @@ def cli() -> None:
     \b
     calib measure MODEL -o measured             128 blocks of 512 tokens of the built-in corpus
     calib quantize measured --bits 8 -o int8    scales.json and the error tables, offline
-    """
+    """  # noqa: D301 - click reads the backspace as a mark
 
 
 def main(arguments: list[str] | None = None) -> None:

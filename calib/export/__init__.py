@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Writes scales in the formats that deployment stacks read."""

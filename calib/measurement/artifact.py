@@ -110,7 +110,7 @@ class Measurement:
             ArtifactError: the disk is full or fails.
         """
         with output_folder(folder, overwrite=overwrite) as work:
-            save_file(self._tensors(), work / ARRAYS, metadata={"format": "calib.measurement", "version": VERSION})
+            save_file(self._tensors(), work / ARRAYS, metadata={"format": f"calib.measurement/{VERSION}"})
             (work / ARRAYS).chmod(0o644)
             with (work / ARRAYS).open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()

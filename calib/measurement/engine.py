@@ -81,7 +81,7 @@ def measure(
         blocks: the corpus.
         options: how to measure.
         progress: called with (tokens done, tokens in all) after each batch.
-        should_stop: asked after each batch; if it says yes the measurement ends there, with the gate `plan_complete` open.
+        should_stop: asked after each batch; a yes ends the measurement there, with the gate `plan_complete` open.
         around: makes a context manager to run inside, given the calibration; how protocols watch more.
         skip: batches of the plan that another measurement already holds.
 

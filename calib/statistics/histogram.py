@@ -154,7 +154,7 @@ class FloatHistogram:
         for share in shares:
             if not 0 <= share <= 1:
                 raise ValueError(f"quantile {share} is outside 0..1")
-            # the smallest rank r with r / n >= share; subtracting keeps an exact share from rounding up to the next rank
+            # smallest rank r with r / n >= share; subtracting keeps an exact share from rounding up to the next rank
             rank = max(1, int(np.ceil(share * float(reached[-1]) - 1e-9)))
             found.append(float(magnitudes[np.searchsorted(reached, rank)]))
         return found

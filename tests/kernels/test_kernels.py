@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel computes the definition, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from calib.kernels import fused, make_kernel
+from calib.kernels.plan import RowPlan
+from calib.statistics import Observation, SiteStatistics
+
+RANGES = ("range.minimum", "range.maximum", "range.count", "range.nonfinite")
+SPECIAL = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 9.0, -9.0])
+
+
+def batch(seed: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, Observation]:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    special = torch.rand(shape, generator=generator) < 0.1
+    values[special] = SPECIAL[torch.randint(0, len(SPECIAL), (int(special.sum()),), generator=generator)]
+    rng = np.random.default_rng(seed)
+    context = Observation.of_tokens(
+        rng.integers(0, 99, shape[:2]), document=rng.integers(0, 3, shape[0]), valid=rng.random(shape[:2]) < 0.8
+    )
+    return values.to(dtype), context
+
+
+def check(name: str, threads: int, full: bool, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    kernel = make_kernel(name, device=device, full=full, threads=threads)
+    accumulator, expected = kernel.accumulator(), None
+    for seed in range(2):
+        values, context = batch(seed, shape, dtype)
+        accumulator.update(values.to(device), RowPlan.of(context))
+        one = SiteStatistics.observe(values.float().numpy(), context)
+        expected = one if expected is None else expected.merge(one)
+    assert expected is not None
+    got, want = accumulator.result().to_tensors(), expected.to_tensors()
+    kernel.close()
+    if full:
+        assert got.keys() == want.keys()
+    exact = want if full else [k for k in want if k in RANGES or k.startswith(("documents.", "fault."))]
+    for key in exact:
+        assert got[key].tobytes() == want[key].tobytes(), key
+
+
+@pytest.mark.parametrize("serial", [None, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 300, 33)])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize(("name", "threads"), [("torch", 1), ("fused", 1), ("fused", 2)])
+def test_kernels_compute_the_definition(
+    name: str,
+    threads: int,
+    full: bool,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    serial: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if serial is not None:
+        monkeypatch.setattr(fused, "_SERIAL_ELEMENTS", serial)
+    check(name, threads, full, shape, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("full", [True, False])
+def test_the_torch_kernel_on_cuda_computes_the_definition(full: bool, dtype: torch.dtype) -> None:
+    check("torch", 1, full, (2, 300, 33), dtype, "cuda")
