@@ -109,7 +109,7 @@ class TorchAccumulator:
         clean = torch.where(finite, flat, 0.0)
         total, energy = self._take_sums(clean, index)
         self._take_counts(clean, finite, index)
-        value, place = _top(torch.where(finite, flat, 0.0), index["rows"])
+        value, place = _top(clean, index)
         last = self._queue.pop()
         self._queue.append(_Queued(plan, last.nonfinite, last.amax, last.fault, total, energy, value, place))
 
@@ -239,8 +239,11 @@ def _indices(plan: RowPlan, device: torch.device) -> dict[str, Tensor]:
             count = units_per_segment[segment]
             segment_units[segment, :count] = np.arange(first, first + count)
         unit_segment = np.repeat(np.arange(units_per_segment.size), units_per_segment)
+        row_place, place_row = _row_places(plan)
         arrays = {
             "rows": plan.rows,
+            "row_place": row_place,
+            "place_row": place_row,
             "row_group": plan.row_group,
             "row_segment": np.repeat(unit_segment, plan.unit_stop - plan.unit_start),
             "unit_rows": unit_rows,
@@ -298,21 +301,46 @@ def _count(counts: Tensor, bins: Tensor) -> None:
         counts.index_add_(0, flat, torch.ones(1, dtype=torch.int32, device=flat.device).expand(flat.numel()))
 
 
-def _top(clean: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The top values by (magnitude descending, index ascending): values and ``row * channels + channel``.
+def _top(clean: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The top values in the order of `PeakList`: values and ``row * channels + channel``.
 
-    The top k values lie in the top k rows by largest magnitude, ties to the earlier row, so only those are sorted.
-    Magnitude and place are packed in one integer, which leaves no ties for the device to break as it likes.
+    Magnitude and place are packed in one integer, which leaves no ties for the device to break as it likes. A row is
+    placed by its rank of (document, position) and, where blocks share both, by its tie. The top k values lie in
+    the top k rows by largest magnitude, k times the most ties, so only those are sorted.
     """
-    channels = clean.shape[1]
+    channels, ties = clean.shape[1], index["place_row"].shape[1]
+    rows, place, last = index["rows"], index["row_place"], (1 << 32) - 1
     magnitude = (clean.view(torch.int32) & _MAGNITUDE).to(torch.int64)
-    last = (1 << 32) - 1
-    row_key = (magnitude[rows].amax(1) << 32) | (last - rows)
-    best_rows = last - (row_key.topk(min(PEAKS, rows.numel())).values & last)
-    place = best_rows[:, None] * channels + torch.arange(channels, device=clean.device)
-    key = ((magnitude[best_rows] << 32) | (last - place)).flatten()
+    row_key = (magnitude[rows].amax(1) << 32) | (last - place)
+    best_place = last - (row_key.topk(min(PEAKS * ties, rows.numel())).values & last)
+    best_rows = index["place_row"].flatten()[best_place]
+    rank, tie = (best_place // ties)[:, None], (best_place % ties)[:, None]
+    element = (rank * channels + torch.arange(channels, device=clean.device)) * ties + tie
+    key = ((magnitude[best_rows] << 32) | (last - element)).flatten()
     best = last - (key.topk(min(PEAKS, key.numel())).values & last)
-    return clean.flatten()[best], best
+    row = index["place_row"][best // ties // channels, best % ties]
+    found = row * channels + best // ties % channels
+    return clean.flatten()[found], found
+
+
+def _row_places(plan: RowPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Place of each entry of `plan.rows` in the order (document, position, token), and the row at each place.
+
+    Returns:
+        int64 ``[rows]``, ``rank * ties + tie``; int64 ``[ranks, ties]``, row numbers (0 where there is no such tie).
+    """
+    block, position = np.divmod(plan.rows, plan.context.group.shape[1])
+    document, token = plan.context.document[block], plan.context.token_id[block, position]
+    order = np.lexsort((token, position, document))
+    new = np.ones(order.size, np.bool_)
+    new[1:] = (np.diff(document[order]) != 0) | (np.diff(position[order]) != 0)
+    rank = np.cumsum(new) - 1
+    tie = np.arange(order.size) - np.flatnonzero(new)[rank]
+    ties = int(tie.max()) + 1
+    place, row_at = np.empty(order.size, np.int64), np.zeros((int(rank[-1]) + 1, ties), np.int64)
+    place[order] = rank * ties + tie
+    row_at[rank, tie] = plan.rows[order]
+    return place, row_at
 
 
 def _histogram(counts: NDArray[np.int32]) -> FloatHistogram:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from calib import __version__
@@ -110,7 +111,12 @@ class Measurement:
             ArtifactError: the disk is full or fails.
         """
         with output_folder(folder, overwrite=overwrite) as work:
-            save_file(self._tensors(), work / ARRAYS, metadata={"format": f"calib.measurement/{VERSION}"})
+            try:
+                save_file(self._tensors(), work / ARRAYS, metadata={"format": f"calib.measurement/{VERSION}"})
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise ArtifactError(
+                    f"{folder}: cannot be written ({error}); free some space or choose another folder"
+                ) from error
             (work / ARRAYS).chmod(0o644)
             with (work / ARRAYS).open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -132,11 +138,11 @@ class Measurement:
         with arrays.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != record.arrays_sha256:
                 raise ArtifactError(f"{arrays}: differs from what {RECORD} describes; copy it again, or measure again")
-        tensors = load_file(arrays)
         try:
+            tensors = load_file(arrays)
             statistics = [SiteStatistics.from_tensors(t) for t in unpack("sites", tensors, len(record.sites))]
             of_weights = [WeightStatistics.from_tensors(t) for t in unpack("weights", tensors, len(record.weights))]
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
             raise ArtifactError(f"{arrays}: field {error} is missing; measure again with this version") from error
         sites = {
             name: Site(name, r.kind, r.module, r.port, r.layer, r.dtype, r.channels, r.aliases, s)

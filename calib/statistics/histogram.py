@@ -51,7 +51,9 @@ def bin_edges(bins: NDArray[np.uint16]) -> tuple[NDArray[np.float64], NDArray[np
     centre = bin_values(magnitude.astype(np.uint16))
     above = np.where(magnitude == _LARGEST_FINITE, 2.0**128, bin_values((magnitude + 1).astype(np.uint16)))
     below = np.where(magnitude == 0, -above, bin_values(np.maximum(magnitude - 1, 0).astype(np.uint16)))
-    inner, outer = (centre + below) / 2, (centre + above) / 2
+    inner = (centre + below) / 2
+    # the largest bin also takes the finite values that bfloat16 would round to infinity
+    outer = np.where(magnitude == _LARGEST_FINITE, above, (centre + above) / 2)
     negative = bins >= _SIGN
     return np.where(negative, -outer, inner), np.where(negative, -inner, outer)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_the_closed_form_is_the_integral(limit: int, low: float, high: float) ->
 
     kinks = [scale * k / 2 for k in range(1, 700) if low * scale < scale * k / 2 < high * scale]
     bounds = [low * scale, *kinks, high * scale]
-    pieces = list(zip(bounds, bounds[1:], strict=False))
+    pieces = list(itertools.pairwise(bounds))
     width = (high - low) * scale
     square = sum(integrate.quad(lambda x: error(x) ** 2, a, b)[0] for a, b in pieces) / width
     absolute = sum(integrate.quad(lambda x: abs(error(x)), a, b)[0] for a, b in pieces) / width
