@@ -5,8 +5,8 @@
     python benchmarks/measure_overhead.py --device cuda                       # a Llama-shaped model, random weights
 
 Plain and measured passes alternate in one process. CPU figures are process CPU time, all threads; on a GPU they are
-event times. The first pass, which finds aliases and compiles, is reported apart. Memory is the peak of resident memory (or of
-the CUDA allocator) in a measured pass above that in a plain one.
+event times. The first pass, which finds aliases and compiles, is reported apart. Memory is the peak of resident memory
+(or of the CUDA allocator) in a measured pass above that in a plain one.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ def literal(parts: list[tuple[Magnitudes, int]], scale: float) -> float:
     """The definition in the module docstring, word by word, bin by bin."""
     p, q = [], []
     for side, limit in parts:
+        if not side.value.size:
+            continue
         inside = side.value <= (limit + 0.5) * scale
         bins = []
         for k in range(8):
