@@ -14,8 +14,11 @@ from calib.output import output_folder, require_free
 
 if TYPE_CHECKING:
     from calib.measurement.artifact import Measurement
+    from calib.models import OpenedModel
 
 __all__ = ["command"]
+
+RECORD = "measurement.json"
 
 
 @click.command("quantize")
@@ -39,8 +42,11 @@ def command(source: str, output: Path, **given: Any) -> None:
     """Choose scales from SOURCE and say what error to expect.
 
     SOURCE is a folder that `calib measure` wrote, which needs no model, or a model, which is measured first. Writes
-    scales.json. Exit code 3: a gate of the measurement failed, and no scales were written.
+    scales.json, and for a model also a static W8A8 checkpoint that transformers and vLLM load (8 bits, per tensor).
+    Exit code 3: a gate of the measurement failed, and nothing was written.
     """
+    from calib.export import write_checkpoint
+    from calib.measurement.artifact import Measurement
     from calib.scales import Grid, choose_scales, compare_methods, parse_method, save_scales
 
     require_free(output, overwrite=given["overwrite"])
@@ -48,7 +54,8 @@ def command(source: str, output: Path, **given: Any) -> None:
     methods = [name.strip() for name in given["method"].split(",")]
     for name in methods:
         parse_method(name)
-    measurement = _measurement(source, given)
+    found = None if _is_measurement(Path(source)) else opened(source, given)
+    measurement = Measurement.load(Path(source)) if found is None else _measured(found, source, given)
     failed = [gate for gate in measurement.gates if not gate.passed]
     if failed:
         raise GateError(f"{source}: gate {failed[0].name} failed: {failed[0].detail}")
@@ -61,8 +68,10 @@ def command(source: str, output: Path, **given: Any) -> None:
         weight_granularity=given["weight_granularity"],
     )
     rows = compare_methods(measurement, methods, given["bits"], given["symmetric"]) if measurement.full else []
+    checkpoint = found is not None and given["bits"] == 8 and given["granularity"] == "per-tensor"
     with output_folder(output, overwrite=given["overwrite"]) as work:
         save_scales(scales, work)
+        summary = write_checkpoint(found, scales, work) if found is not None and checkpoint else None
     from calib.report.terminal import print_json, print_scales
 
     if given["as_json"]:
@@ -70,18 +79,23 @@ def command(source: str, output: Path, **given: Any) -> None:
     elif not given["quiet"]:
         print_scales(scales, rows)
         click.echo(f"wrote {output / 'scales.json'}")
+        if summary is not None:
+            click.echo(
+                f"wrote a checkpoint with {len(summary.quantized)} layers in INT8 and {len(summary.in_float)} in float"
+            )
+        elif found is not None:
+            click.echo("no checkpoint: the format takes 8 bits per tensor")
 
 
-def _measurement(source: str, given: dict[str, Any]) -> Measurement:
-    """The measurement that a folder holds, or one taken now."""
-    from calib.measurement.artifact import RECORD, Measurement
+def _is_measurement(folder: Path) -> bool:
+    """Whether a folder is a measurement, or at least no model."""
+    if (folder / RECORD).is_file():
+        return True
+    return folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf"))
 
-    folder = Path(source)
-    if (folder / RECORD).is_file() or (
-        folder.is_dir() and not (folder / "config.json").is_file() and not any(folder.glob("*.gguf"))
-    ):
-        return Measurement.load(folder)
-    measurement, stopped = measured(opened(source, given), given)
+
+def _measured(found: OpenedModel, source: str, given: dict[str, Any]) -> Measurement:
+    measurement, stopped = measured(found, given)
     if stopped:
         raise Interrupted(f"{source}: interrupted while measuring; nothing was written, use `calib measure` to keep it")
     return measurement

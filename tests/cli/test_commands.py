@@ -55,6 +55,16 @@ def test_measure_then_quantize_offline(measured: Path, tmp_path: Path, capsys: p
 def test_quantize_a_model_measures_it_first(tiny_llama: Path, tmp_path: Path) -> None:
     assert run("quantize", tiny_llama, "-o", tmp_path / "int8", *SMALL, "-q") == 0
     assert load_scales(tmp_path / "int8").bits == 8
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_other_bits_write_scales_without_a_checkpoint(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize", tiny_llama, "-o", tmp_path / "int4", "--bits", 4, *SMALL) == 0
+    assert "no checkpoint" in capsys.readouterr().out
+    assert [f.name for f in (tmp_path / "int4").iterdir()] == ["scales.json"]
 
 
 def test_measure_prints_the_peak_and_its_place(
