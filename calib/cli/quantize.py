@@ -45,7 +45,6 @@ def command(source: str, output: Path, **given: Any) -> None:
     scales.json, and for a model also a static W8A8 checkpoint that transformers and vLLM load (8 bits, per tensor).
     Exit code 3: a gate of the measurement failed, and nothing was written.
     """
-    from calib.export import write_checkpoint
     from calib.measurement.artifact import Measurement
     from calib.scales import Grid, choose_scales, compare_methods, parse_method, save_scales
 
@@ -71,7 +70,11 @@ def command(source: str, output: Path, **given: Any) -> None:
     checkpoint = found is not None and given["bits"] == 8 and given["granularity"] == "per-tensor"
     with output_folder(output, overwrite=given["overwrite"]) as work:
         save_scales(scales, work)
-        summary = write_checkpoint(found, scales, work) if found is not None and checkpoint else None
+        summary = None
+        if found is not None and checkpoint:
+            from calib.export import write_checkpoint  # imports torch, which scales alone do not need
+
+            summary = write_checkpoint(found, scales, work)
     from calib.report.terminal import print_json, print_scales
 
     if given["as_json"]:
@@ -80,9 +83,8 @@ def command(source: str, output: Path, **given: Any) -> None:
         print_scales(scales, rows)
         click.echo(f"wrote {output / 'scales.json'}")
         if summary is not None:
-            click.echo(
-                f"wrote a checkpoint with {len(summary.quantized)} layers in INT8 and {len(summary.in_float)} in float"
-            )
+            layers = f"{len(summary.quantized)} layers in INT8, {len(summary.in_float)} in float"
+            click.echo(f"wrote a compressed-tensors checkpoint: {layers}")
         elif found is not None:
             click.echo("no checkpoint: the format takes 8 bits per tensor")
 
