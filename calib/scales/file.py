@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +37,8 @@ def save_scales(scale_file: ScaleFile, folder: Path) -> Path:
         temporary.write_text(_text(record), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
         ) from None

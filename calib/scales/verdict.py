@@ -2,13 +2,15 @@
 """Verdict: whether a tensor can take a static scale, needs one per token, or should stay in floating point, and why.
 
 A grid is *too coarse* for a tensor if the bulk of its values is lost, whatever the overall SQNR says, for a few peaks
-can hold all of the energy. Three limits, each with its reason:
+can hold all of the energy. Four limits, each with its reason:
 
 * body SQNR < 10 dB: rounding noise is s^2 / 12, so at 10 dB the body's root mean square is 0.91 steps: most of the body
   falls on the levels -1, 0 and 1.
 * relative MAE > 0.5: more than half of sum |x| is lost. Where everything but the peaks becomes 0 it is near 1.
 * more than half of the values become 0 *and* relative MAE > 0.25. The second condition is needed: in the product inside
   a gated MLP most values are tiny, more than half may vanish, and what they carry is a few percent of sum |x|.
+* more than 80 % of the values become 0, whatever they carry: where a channel is large for all tokens, as in keys with
+  a bias, more than one value in a thousand is a peak, and then energy, sum |x| and even the body lie in that channel.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ BODY_SQNR_DB = 10.0
 LARGEST_REL_MAE = 0.5
 LARGEST_ZEROED = 0.5
 ZEROED_REL_MAE = 0.25
+NEARLY_ALL_ZEROED = 0.8
 _FAR = 4.0  # a range this many times another is worth naming as the cause: it costs two bits
 
 _ORDER: tuple[Verdict, ...] = ("static", "dynamic-per-token", "float")
@@ -51,6 +54,8 @@ def too_coarse(error: ExpectedError) -> str | None:
         return f"relative MAE {error.rel_mae:.2f}"
     if error.zeroed > LARGEST_ZEROED and error.rel_mae > ZEROED_REL_MAE:
         return f"{error.zeroed:.0%} of the values become 0 and relative MAE is {error.rel_mae:.2f}"
+    if error.zeroed > NEARLY_ALL_ZEROED:
+        return f"{error.zeroed:.1%} of the values become 0"
     return None
 
 

@@ -24,14 +24,11 @@ __all__ = ["mse"]
 def mse(distribution: Distribution, grid: Grid, parameter: float) -> tuple[float, float]:
     """Searches both ends, or one where the grid is symmetric."""
     del parameter
-    # s^2 / 12 is a poor guide where there are only a few levels: look further then
-    spread, number = (1.5, 9) if grid.bits >= 6 else (4.0, 21)
-    return (
-        _symmetric(distribution, grid, spread, number) if grid.symmetric else _both(distribution, grid, spread, number)
-    )
+    return _symmetric(distribution, grid) if grid.symmetric else _both(distribution, grid)
 
 
-def _symmetric(distribution: Distribution, grid: Grid, spread: float, number: int) -> tuple[float, float]:
+def _symmetric(distribution: Distribution, grid: Grid) -> tuple[float, float]:
+    spread, number = _neighbourhood(grid, 15, 61)
     side, top = distribution.folded, distribution.amax
 
     def cost(end: float) -> float:
@@ -40,13 +37,14 @@ def _symmetric(distribution: Distribution, grid: Grid, spread: float, number: in
 
     scan = candidates(side, 192)
     best = float(scan[np.argmin(_rough_inside(side, scan / grid.qmax, scan) + _rough_beyond(side, scan))])
-    for width, points in ((spread, number), (spread ** (1.0 / number), 5)):
+    for width, points in ((spread, number), (spread ** (2.0 / number), 7)):
         ends = np.append(around(best, width, points, top), top)
         best = float(ends[np.argmin([cost(end) for end in ends])])
     return -best, best
 
 
-def _both(distribution: Distribution, grid: Grid, spread: float, number: int) -> tuple[float, float]:
+def _both(distribution: Distribution, grid: Grid) -> tuple[float, float]:
+    spread, number = _neighbourhood(grid, 9, 21)
     below, above = distribution.negative, distribution.positive
 
     def cost(lows: Floats, highs: Floats) -> Floats:
@@ -71,6 +69,12 @@ def _both(distribution: Distribution, grid: Grid, spread: float, number: int) ->
     pairs = np.array([[low, high], [min(distribution.minimum, 0.0), max(distribution.maximum, 0.0)]])
     low, high = pairs[np.argmin(cost(pairs[:, 0], pairs[:, 1]))]
     return float(low), float(high)
+
+
+def _neighbourhood(grid: Grid, few: int, many: int) -> tuple[float, int]:
+    """How far to look around the best of the coarse scan, and at how many ends."""
+    # s^2 / 12 is a poor guide where there are only a few levels: look further then, evaluating each costs less
+    return (1.5, few) if grid.bits >= 6 else (4.0, many)
 
 
 def _rough_inside(side: Magnitudes, scale: Floats, end: Floats) -> Floats:
