@@ -42,7 +42,7 @@ def command(source: str, output: Path, **given: Any) -> None:
     """Choose scales from SOURCE and say what error to expect.
 
     SOURCE is a folder that `calib measure` wrote, which needs no model, or a model, which is measured first. Writes
-    scales.json, and for a model also a static W8A8 checkpoint that transformers and vLLM load (8 bits, per tensor).
+    scales.json, and for a model also a static W8A8 checkpoint that transformers loads (8 bits, per tensor).
     Exit code 3: a gate of the measurement failed, and nothing was written.
     """
     from calib.measurement.artifact import Measurement

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A static W8A8 checkpoint in the compressed-tensors format, which transformers and vLLM load.
+"""A static W8A8 checkpoint in the compressed-tensors format; loading is tested in transformers.
 
 The format derives a scale from a range as amax / 127.5 (symmetric, grid -128..127) or (max - min) / 255, not as
 amax / 127, so scales are derived here from the ranges of `scales.json`. Weights have one scale per output row.
