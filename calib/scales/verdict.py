@@ -2,10 +2,12 @@
 """Verdict: whether a tensor can take a static scale, needs one per token, or should stay in floating point, and why.
 
 A grid is *too coarse* for a tensor if the bulk of its values is lost, whatever the overall SQNR says, for a few peaks
-can hold all of the energy. Four limits, each with its reason:
+can hold all of the energy; or if it ends below the peaks. Five limits, each with its reason:
 
 * body SQNR < 10 dB: rounding noise is s^2 / 12, so at 10 dB the body's root mean square is 0.91 steps: most of the body
   falls on the levels -1, 0 and 1.
+* SQNR < 10 dB over all values: a tenth of the energy is lost. With a good body this means that peaks are clipped, and
+  models need their massive activations: setting a few of them to 0 breaks them (arXiv 2402.17762).
 * relative MAE > 0.5: more than half of sum |x| is lost. Where everything but the peaks becomes 0 it is near 1.
 * more than half of the values become 0 *and* relative MAE > 0.25. The second condition is needed: in the product inside
   a gated MLP most values are tiny, more than half may vanish, and what they carry is a few percent of sum |x|.
@@ -15,6 +17,7 @@ can hold all of the energy. Four limits, each with its reason:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -26,7 +29,7 @@ from calib.statistics.site import SiteStatistics
 
 __all__ = ["Judgement", "cause_of_range", "judge", "judge_model", "too_coarse"]
 
-BODY_SQNR_DB = 10.0
+SMALLEST_SQNR_DB = 10.0
 LARGEST_REL_MAE = 0.5
 LARGEST_ZEROED = 0.5
 ZEROED_REL_MAE = 0.25
@@ -48,15 +51,20 @@ def too_coarse(error: ExpectedError) -> str | None:
     """What is wrong with an error, in words; None if nothing is. An error that is 0 has no SQNR."""
     if error.rel_mae is None or error.zeroed is None:
         return None
-    if error.body_sqnr_db is not None and error.body_sqnr_db < BODY_SQNR_DB:
-        return f"body SQNR {error.body_sqnr_db:.1f} dB"
-    if error.rel_mae > LARGEST_REL_MAE:
-        return f"relative MAE {error.rel_mae:.2f}"
-    if error.zeroed > LARGEST_ZEROED and error.rel_mae > ZEROED_REL_MAE:
-        return f"{error.zeroed:.0%} of the values become 0 and relative MAE is {error.rel_mae:.2f}"
-    if error.zeroed > NEARLY_ALL_ZEROED:
-        return f"{error.zeroed:.1%} of the values become 0"
-    return None
+    body = math.inf if error.body_sqnr_db is None else error.body_sqnr_db
+    sqnr = math.inf if error.sqnr_db is None else error.sqnr_db
+    lost, zeroed = error.rel_mae, error.zeroed
+    faults = (
+        (body < SMALLEST_SQNR_DB, f"body SQNR {body:.1f} dB"),
+        (sqnr < SMALLEST_SQNR_DB, f"SQNR {sqnr:.1f} dB, {error.clipped or 0:.2%} of the values are clipped"),
+        (lost > LARGEST_REL_MAE, f"relative MAE {lost:.2f}"),
+        (
+            zeroed > LARGEST_ZEROED and lost > ZEROED_REL_MAE,
+            f"{zeroed:.0%} of the values become 0 and relative MAE is {lost:.2f}",
+        ),
+        (zeroed > NEARLY_ALL_ZEROED, f"{zeroed:.1%} of the values become 0"),
+    )
+    return next((words for holds, words in faults if holds), None)
 
 
 def judge(static: ExpectedError, dynamic: Callable[[], ExpectedError] | None, cause: Callable[[], str]) -> Judgement:

@@ -13,8 +13,10 @@ from calib.scales.verdict import cause_of_range, judge, judge_model, too_coarse
 from calib.schema.scales import ExpectedError
 
 
-def error(body: float | None = 30.0, rel_mae: float = 0.05, zeroed: float = 0.1) -> ExpectedError:
-    return ExpectedError(sqnr_db=20.0, body_sqnr_db=body, rel_mae=rel_mae, clipped=0.0, zeroed=zeroed)
+def error(
+    body: float | None = 30.0, rel_mae: float = 0.05, zeroed: float = 0.1, *, sqnr: float = 20.0
+) -> ExpectedError:
+    return ExpectedError(sqnr_db=sqnr, body_sqnr_db=body, rel_mae=rel_mae, clipped=0.001, zeroed=zeroed)
 
 
 def never() -> Never:
@@ -27,6 +29,7 @@ def never() -> Never:
         ({}, None),
         ({"body": None, "rel_mae": 0.0}, None),
         ({"body": 9.9}, "body SQNR 9.9 dB"),
+        ({"sqnr": 0.5}, "SQNR 0.5 dB, 0.10% of the values are clipped"),
         ({"rel_mae": 0.6}, "relative MAE 0.60"),
         ({"zeroed": 0.7, "rel_mae": 0.3}, "70% of the values become 0 and relative MAE is 0.30"),
         ({"zeroed": 0.7, "rel_mae": 0.1}, None),  # tiny values vanish and carry little
