@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +78,12 @@ def opened(model: str, given: dict[str, Any]) -> OpenedModel:
     return open_model(model, **{name: given[name] for name in names})
 
 
-def measured(found: OpenedModel, given: dict[str, Any]) -> tuple[Measurement, bool]:
-    """Measures as the options say, with a progress bar; returns the measurement and whether it was interrupted."""
-    from calib.measurement.engine import measure
+def measured(found: OpenedModel, given: dict[str, Any], held: Measurement | None = None) -> tuple[Measurement, bool]:
+    """Measures as the options say, with a progress bar; returns the measurement and whether it was interrupted.
+
+    What `held` has is not measured again.
+    """
+    from calib.measurement.engine import measure, resume
     from calib.report.progress import progress
 
     blocks = _blocks(found, given)
@@ -87,7 +91,8 @@ def measured(found: OpenedModel, given: dict[str, Any]) -> tuple[Measurement, bo
     for note in () if quiet else blocks.notes:
         click.echo(f"note: {note}", err=True)
     with stop_signal() as should_stop, progress(quiet=quiet) as report:
-        measurement = measure(found, blocks, _options(given), progress=report, should_stop=should_stop)
+        run = measure if held is None else partial(resume, held=held)
+        measurement = run(found, blocks, options=_options(given), progress=report, should_stop=should_stop)
         return measurement, should_stop()
 
 

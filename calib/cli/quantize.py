@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calib.cli.config import RecipeCommand
 from calib.cli.options import corpus_options, measured, model_options, opened, output_options, run_options
 from calib.errors import GateError, Interrupted
 from calib.output import output_folder, require_free
@@ -21,7 +22,7 @@ __all__ = ["command"]
 RECORD = "measurement.json"
 
 
-@click.command("quantize")
+@click.command("quantize", cls=RecipeCommand)
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--bits", default=8, show_default=True, help="2 to 16.")
@@ -65,6 +66,8 @@ def command(source: str, output: Path, **given: Any) -> None:
         symmetric=given["symmetric"],
         granularity=given["granularity"],
         weight_granularity=given["weight_granularity"],
+        sites=given["site_patterns"],
+        ignore=given["ignore"],
     )
     rows = compare_methods(measurement, methods, given["bits"], given["symmetric"]) if measurement.full else []
     checkpoint = found is not None and given["bits"] == 8 and given["granularity"] == "per-tensor"

@@ -103,6 +103,20 @@ class Measurement:
         run = self.run.model_copy(update={"batches": batches, "seconds": sum(seconds) if seconds else None})
         return replace(self, sites=sites, run=run, gates=_merged_gates(self, other, run))
 
+    def require_same_plan(self, model: ModelProvenance, corpus: CorpusProvenance) -> None:
+        """Checks, before any work, that a model and a corpus are those measured here.
+
+        Raises:
+            ArtifactError: one of them is another.
+        """
+        if self.model.fingerprint != model.fingerprint:
+            raise ArtifactError(f"{model.name}: the measurement is of another model, {self.model.name}; measure anew")
+        if self.corpus.content_sha256 != corpus.content_sha256:
+            raise ArtifactError(
+                "corpus: the measurement is of other token blocks; pass the same --data, --samples, --max-length, "
+                "--seed and layout as before"
+            )
+
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
         """Writes `measurement.json` and `measurement.safetensors`, both or neither.
 

@@ -101,6 +101,11 @@ class Calibration:
         """Name of the kernel in use."""
         return self._kernel.name
 
+    @property
+    def context(self) -> Observation | None:
+        """Tokens of the forward pass that runs: documents, groups, padding marked; None where it has no token ids."""
+        return self._context
+
     def __enter__(self) -> Self:
         modules = dict(self.model.named_modules())
         reports: dict[int, dict[str, int]] = {}

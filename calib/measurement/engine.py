@@ -25,7 +25,7 @@ from calib.measurement.weights import measure_weights
 from calib.models import OpenedModel, check_token_ids
 from calib.schema.provenance import RunProvenance
 
-__all__ = ["MeasureOptions", "measure"]
+__all__ = ["MeasureOptions", "measure", "resume"]
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 """Enough for matrix multiplication to be efficient; activations of a batch stay small beside the model."""
@@ -147,7 +147,20 @@ def measure(
 def resume(
     opened: OpenedModel, blocks: TokenBlocks, held: Measurement, options: MeasureOptions, **more: Any
 ) -> Measurement:
-    """Measures the batches of the plan that `held` lacks and merges both."""
+    """Measures the batches of the plan that `held` lacks and merges both: equal to one run without a break.
+
+    Args:
+        opened: the model of the first part.
+        blocks: its corpus.
+        held: the first part.
+        options: its options; its batch size is kept, whatever they say.
+        more: as for `measure`.
+
+    Raises:
+        ArtifactError: `held` is of another model, corpus or setting.
+        UsageError, ModelError, GateError: as of `measure`.
+    """
+    held.require_same_plan(opened.provenance, blocks.provenance)
     options = replace(options, batch_size=held.run.batch_size, weights=False)
     rest = measure(opened, blocks, options, skip=held.run.batches, **more)
     return held.merge(replace(rest, weights=held.weights))

@@ -41,7 +41,7 @@ def choose_scales(
 
     A tensor that several modules read has one entry, under its canonical name; the others are in `shared_with`.
     A tensor whose values are all 0, or below the smallest step that float32 can divide by, gets no entry, for no scale
-    follows from its data: modules that read it are listed in `ignore`, and the reason of the file names it.
+    follows from its data: it is named in `left_out`, and modules that read it are listed in `ignore`.
 
     Args:
         measurement: of a model on a corpus.
@@ -84,7 +84,7 @@ def choose_scales(
         else:
             tensors[name] = scale
 
-    judgement = _judge(selected, tensors, zero)
+    judgement = _judge(selected, tensors)
     return ScaleFile(
         producer=Producer(version=__version__),
         model=measurement.model,
@@ -96,6 +96,8 @@ def choose_scales(
         coverage=dict(sorted(Counter(tensor.kind for tensor in tensors.values()).items())),
         gates={gate.name: gate.passed for gate in measurement.gates},
         ignore=_modules_in_float(measurement, [*selected.ignored, *zero]),
+        left_out=dict.fromkeys(selected.ignored, "ignored on request")
+        | dict.fromkeys(zero, "all of its values are 0, or nearly so: no scale follows from the data"),
         verdict=judgement.verdict,
         reason=judgement.reason,
     )
@@ -108,15 +110,11 @@ def _check_granularity(granularity: str, valid: tuple[str, ...], method: str) ->
         raise UsageError(f"method {method}: {granularity} scales span min and max; use absmax, or per-tensor")
 
 
-def _judge(selected: Selected, tensors: dict[str, TensorScale], zero: list[str]) -> Judgement:
+def _judge(selected: Selected, tensors: dict[str, TensorScale]) -> Judgement:
     counted = [name for name, site in selected.sites.items() if is_quantized(site)]
     counted += list(selected.weights)
     judged = [(name, Judgement(tensors[name].verdict, tensors[name].reason)) for name in counted if name in tensors]
-    judgement = judge_model(judged)
-    if not zero:
-        return judgement
-    listed = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
-    return Judgement(judgement.verdict, f"{judgement.reason}; no scale for {listed}: all values are 0 or nearly so")
+    return judge_model(judged)
 
 
 def _modules_in_float(measurement: Measurement, names: list[str]) -> list[str]:

@@ -66,9 +66,12 @@ def _filtered(
 
     labels = {name: ([name, *site.aliases], site.kind) for name, site in measurement.sites.items()}
     labels |= {name: ([name], "weight") for name in measurement.weights}
+    already = {*measurement.run.sites_pattern, *measurement.run.ignore_pattern}  # obeyed while measuring
     for option, patterns in (("--sites", sites), ("--ignore", ignore)):
         for pattern in patterns:
-            if not any(Selection([pattern]).keeps(names, kind) for names, kind in labels.values()):
+            if pattern not in already and not any(
+                Selection([pattern]).keeps(names, kind) for names, kind in labels.values()
+            ):
                 raise UsageError(
                     f"{option} {pattern}: matches nothing that was measured; `calib report` lists all names"
                 )
@@ -117,7 +120,7 @@ def distribution_of(name: str, site: Site | WeightSite, method: BoundMethod) -> 
         if method.method.needs_histogram:
             raise ArtifactError(
                 f"{name}: only its range was measured, and {method.label} needs a histogram; "
-                "use absmax, or measure without --ranges-only"
+                "use absmax, or measure without --statistics ranges"
             )
         histogram = FloatHistogram.empty()
     return Distribution.of(histogram, statistics.range, site.dtype)

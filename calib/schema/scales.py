@@ -104,5 +104,6 @@ class ScaleFile(Strict):
     coverage: dict[str, int] = Field(description="Tensors per site kind")
     gates: dict[str, bool] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=list, description="Modules left in floating point, each on purpose")
+    left_out: dict[str, str] = Field(default_factory=dict, description="Measured tensor without a scale -> the reason")
     verdict: Verdict
     reason: str

@@ -13,31 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calib.cli import COMMANDS, main
+from calib.cli import COMMANDS
 from calib.measurement.artifact import Measurement
 from calib.scales import load_scales
-
-SMALL = ["--samples", "8", "--max-length", "32", "--batch-size", "4", "-d", "builtin:speeches"]
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:  # noqa: PT012 - a command that returns has succeeded
-        main([str(a) for a in arguments])
-        raise SystemExit(0)
-    return int(stop.value.code or 0)
-
-
-def one_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.startswith("calib:")]
-    assert len(lines) == 1, text
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def measured(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli") / "measured"
-    assert run("measure", tiny_llama, "-o", folder, *SMALL, "-q") == 0
-    return folder
+from tests.cli.commands import SMALL, one_line, run
 
 
 def test_measure_then_quantize_offline(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
