@@ -88,7 +88,8 @@ def _side_terms(side: Magnitudes, scales: Floats, limits: Floats) -> tuple[Float
     level = np.ceil(value[last] / scales - 0.5)  # ties down, as `searchsorted` puts them
     # of the last bin: its count and what Q gives it
     in_centre, alone = level < 0.5, level > levels.size - 1
-    slot = np.clip(level.astype(np.int64) - 1, 0, max(mass.shape[1] - 1, 0))[:, None]
+    # a grid far below all values holds no bin, and the level of the nearest one exceeds any integer: clip it first
+    slot = np.clip(level - 1, 0, max(mass.shape[1] - 1, 0)).astype(np.int64)[:, None]
     there = side.count[last]
     given = there.copy()
     if mass.shape[1]:

@@ -75,6 +75,16 @@ def test_a_grid_below_all_values_diverges_without_end(lab: Any) -> None:
     assert kl_divergence(d, 1e-3) == math.inf
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("limit", [0.0, 1.0, 127.0])
+def test_a_grid_any_distance_below_the_values_diverges_without_end_and_without_a_warning(
+    lab: Any, limit: float
+) -> None:
+    side = lab.distribution(np.array([1.0, 2.0, 3e38], np.float32)).folded
+    scales = np.array([1e-45, 1e-20, 1e-3])
+    assert (divergences([(side, np.full(3, limit))], scales) == math.inf).all()
+
+
 def test_many_grids_at_once_equal_one_at_a_time(lab: Any) -> None:
     d = lab.distribution(lab.values("heavy-tailed"), "bfloat16")
     scales = np.geomspace(0.01, 1, 9)
