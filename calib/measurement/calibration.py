@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from calib.measurement.tracing import Group, Tracer
 from calib.sites import Port, Selection, find_ports
 from calib.sites.attention import watch_attention
 from calib.sites.layout import to_blocks
-from calib.statistics import Observation
+from calib.statistics import Observation, TokenRatio
 
 __all__ = ["Calibration"]
 
@@ -93,6 +94,7 @@ class Calibration:
         self._batch: tuple[int, int] | None = None
         self._context: Observation | None = None
         self._plans: dict[tuple[int, int, bool], RowPlan] = {}
+        self.token_ratios: dict[tuple[int, int], TokenRatio] = {}  # by port and call; a protocol's hooks fill it
         self.forwards = 0
         self.failed_forwards = 0
 
@@ -166,7 +168,8 @@ class Calibration:
             name, kind, aliases = group.named(self.ports, self._fired)
             if group.accumulator is not None:
                 port = self.ports[min(group.members, key=lambda m: (self.ports[m[0]].sort_key, m[1]))[0]]
-                result = group.accumulator.result()
+                ratios = next((self.token_ratios[m] for m in group.members if m in self.token_ratios), None)
+                result = replace(group.accumulator.result(), ratios=ratios)
                 site = Site(
                     name, kind, port.module, port.port, port.layer, group.dtype, group.channels, aliases, result
                 )
@@ -277,7 +280,7 @@ class Calibration:
             name, kind, aliases = group.named(self.ports, self._fired)
             # a group whose first sight was unmeasured has no accumulator; patterns see names without the call
             names = [n.partition("#")[0] for n in (name, *aliases)]
-            if self.selection.keeps(names, kind):
+            if self.selection.keeps(names, kind, aliases.values()):
                 self._groups.append(group)
                 self._routes[group.members[0]] = group
                 self._measuring.add(group.members[0][0])

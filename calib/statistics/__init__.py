@@ -13,6 +13,7 @@ from calib.statistics.histogram import FloatHistogram
 from calib.statistics.observation import REST, SINK, Observation
 from calib.statistics.peaks import PeakList
 from calib.statistics.range import Range
+from calib.statistics.ratios import TokenRatio
 from calib.statistics.site import SiteStatistics
 from calib.statistics.weights import WeightStatistics
 
@@ -26,5 +27,6 @@ __all__ = [
     "PeakList",
     "Range",
     "SiteStatistics",
+    "TokenRatio",
     "WeightStatistics",
 ]

@@ -16,6 +16,7 @@ from calib.statistics.histogram import FloatHistogram
 from calib.statistics.observation import Observation
 from calib.statistics.peaks import PeakList
 from calib.statistics.range import Range
+from calib.statistics.ratios import TokenRatio
 from calib.statistics.tokens import token_maxima
 
 __all__ = ["SiteStatistics"]
@@ -37,6 +38,7 @@ class SiteStatistics:
         peaks: the largest values and their places.
         tokens: distribution of the largest magnitude per token.
         fault: where the first non-finite value was.
+        ratios: largest against median magnitude per token, where a protocol asked for it.
     """
 
     range: Range
@@ -46,6 +48,7 @@ class SiteStatistics:
     peaks: PeakList | None = None
     tokens: FloatHistogram | None = None
     fault: Fault = field(default_factory=Fault)
+    ratios: TokenRatio | None = None
 
     @classmethod
     def observe(cls, values: NDArray[np.float32], context: Observation) -> SiteStatistics:
@@ -70,6 +73,7 @@ class SiteStatistics:
             None if self.peaks is None or other.peaks is None else self.peaks.merge(other.peaks),
             self.tokens and other.tokens and self.tokens.merge(other.tokens),
             self.fault.merge(other.fault),
+            self.ratios and other.ratios and self.ratios.merge(other.ratios),
         )
 
     def to_tensors(self) -> Tensors:
@@ -100,4 +104,5 @@ _FIELDS: dict[str, Any] = {
     "peaks": PeakList,
     "tokens": FloatHistogram,
     "fault": Fault,
+    "ratios": TokenRatio,
 }
