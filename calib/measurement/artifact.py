@@ -176,7 +176,7 @@ class Measurement:
         }
 
     def _record(self, arrays_sha256: str) -> MeasurementFile:
-        coverage = Counter(kind for site in self.sites.values() for kind in [site.kind, *site.aliases.values()])
+        coverage = Counter(kind for s in self.sites.values() for kind in {s.name: s.kind, **s.aliases}.values())
         return MeasurementFile(
             producer=Producer(version=__version__),
             model=self.model,

@@ -18,6 +18,7 @@ from torch import nn
 from calib.errors import GateError, ModelError, UsageError
 from calib.kernels import Kernel, make_kernel
 from calib.kernels.plan import RowPlan
+from calib.measurement.gates import every_site_fired, finite, passes_complete
 from calib.measurement.site import Gate, Site
 from calib.measurement.tracing import Group, Tracer
 from calib.sites import Port, Selection, find_ports
@@ -87,6 +88,7 @@ class Calibration:
         self._measuring: set[int] = set()
         self._calls: Counter[int] = Counter()
         self._fired: Counter[int] = Counter()
+        self._entered = False
         self._depth = 0
         self._finished = True
         self._rows = 0
@@ -109,19 +111,33 @@ class Calibration:
         return self._context
 
     def __enter__(self) -> Self:
+        if self._entered:
+            raise UsageError("calibration: is already inside its `with` block; values would be counted twice")
+        try:
+            self._attach()
+        except BaseException:
+            self._stack.close()
+            raise
+        self._entered = True
+        return self
+
+    def _attach(self) -> None:
+        """Sets all hooks; the stack takes them away again."""
+        self._stack.callback(self._remove_hooks)
         modules = dict(self.model.named_modules())
         reports: dict[int, dict[str, int]] = {}
         for number, port in enumerate(self.ports):
             if not self._needs(number):
                 continue
-            module = modules[port.module]
+            module = modules.get(port.module)
+            if module is None:
+                raise ModelError(f"{port.module}: is no longer in the model; make a new Calibration after changing it")
             if port.port in ("query", "key", "value"):
                 reports.setdefault(id(module), {})[port.port] = number
             elif port.port == "input":
                 self._handles[number] = module.register_forward_pre_hook(self._on_input(number), with_kwargs=True)
             else:
                 self._handles[number] = module.register_forward_hook(self._on_output(number))
-        self._stack.callback(self._remove_hooks)
         self._stack.enter_context(watch_attention({key: self._on_attention(parts) for key, parts in reports.items()}))
         for module in self._roots():
             for handle in (
@@ -130,13 +146,16 @@ class Calibration:
                 module.register_forward_hook(self._end, always_call=True),
             ):
                 self._stack.callback(handle.remove)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
         self._kernel.close()
+        self._entered = False
+        if self._depth:  # torch skips the closing hooks on an interrupt, which is no `Exception`
+            self._depth = 1
+            self._end()
 
     def annotate(
         self,
@@ -186,30 +205,10 @@ class Calibration:
 
     def gates(self) -> list[Gate]:
         """The conditions on the run itself: every site fired, all values finite, no pass broke off."""
-        silent = self.silent_ports()
-        faulty = {n: s for n, s in self.sites().items() if s.statistics.range.nonfinite_all}
-        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
-        details = []
-        for name, site in list(faulty.items())[:5]:
-            place = site.statistics.fault.place
-            where = f" first at document {place[0]}, position {place[1]}, channel {place[2]}" if place else ""
-            details.append(f"{name}: {site.statistics.range.nonfinite_all} values,{where}")
         return [
-            Gate(
-                "every_site_fired",
-                not silent,
-                f"never reached: {shown}; leave them out with --ignore, or use data that reaches them"
-                if silent
-                else f"{len(self.ports)} ports",
-            ),
-            Gate("finite", not faulty, "; ".join(details) if faulty else "no NaN, no infinity"),
-            Gate(
-                "complete_passes",
-                self.failed_forwards == 0,
-                f"{self.failed_forwards} forward passes raised after some of their values had been counted"
-                if self.failed_forwards
-                else f"{self.forwards} passes",
-            ),
+            every_site_fired(len(self.ports), self.silent_ports()),
+            finite(self.sites()),
+            passes_complete(self.forwards, self.failed_forwards),
         ]
 
     def _roots(self) -> list[nn.Module]:
@@ -265,10 +264,14 @@ class Calibration:
         if self._depth:
             return
         self._annotation = {}
-        self._fired |= self._calls
         if not self._finished:
             self.failed_forwards += 1
+            if self._tracer is not None:  # half a pass tells nothing about who sees what: begin anew
+                self._tracer = Tracer()
+            else:
+                self._fired |= self._calls
             return
+        self._fired |= self._calls
         self.forwards += 1
         if self._tracer is not None:
             self._freeze(self._tracer)

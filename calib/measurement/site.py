@@ -22,7 +22,8 @@ class Site:
         layer: index of the block, if it is in one.
         dtype: of the tensor, e.g. bfloat16.
         channels: size of the channel axis.
-        aliases: other names of the same tensor -> the kind under that name.
+        aliases: other names of the same tensor -> the kind under that name. Its own name is among them where that
+            makes it of another kind: the input of a projection that is named for the norm it comes from.
         statistics: all that was kept.
     """
 

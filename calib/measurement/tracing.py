@@ -34,7 +34,7 @@ class Group:
     channels: int
 
     def named(self, ports: list[Port], calls: dict[int, int]) -> tuple[str, str, dict[str, str]]:
-        """Canonical name, kind, and aliases with their kinds.
+        """Canonical name, kind, and aliases with their kinds; the own name is among them if its own kind is another.
 
         Args:
             ports: all ports, by number.
@@ -50,9 +50,10 @@ class Group:
             strong = [p.kind for p in held if not p.weak] or [p.kind for p in held]
             return min(strong, key=KINDS.index)
 
-        name, *others = kinds
-        everything = [ports[number] for number, _ in members]
-        return name, kind_of(everything), {other: kind_of(kinds[other]) for other in others}
+        kind = kind_of([ports[number] for number, _ in members])
+        under = {name: kind_of(held) for name, held in kinds.items()}
+        name = next(iter(under))
+        return name, kind, {other: of for other, of in under.items() if other != name or of != kind}
 
 
 @dataclass

@@ -128,7 +128,8 @@ def print_sites(sites: Mapping[str, Site], silent: Sequence[str], seconds: float
     for column in ("tensor", "kind", "channels", "also known as"):
         table.add_column(column, justify="right" if column == "channels" else "left")
     for site in sites.values():
-        table.add_row(escape(site.name), site.kind, str(site.channels), escape(", ".join(site.aliases)))
+        others = [name for name in site.aliases if name != site.name]
+        table.add_row(escape(site.name), site.kind, str(site.channels), escape(", ".join(others)))
     console.print(table)
     console.print(f"{len(sites)} tensors; about {seconds:.0f} s and {megabytes:.0f} MB of statistics beside the model")
     if silent:

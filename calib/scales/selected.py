@@ -64,24 +64,22 @@ def _filtered(
     # the package that owns the pattern language knows models and so loads PyTorch: only on demand
     from calib.sites.selection import Selection
 
-    labels = {name: ([name, *site.aliases], site.kind) for name, site in measurement.sites.items()}
-    labels |= {name: ([name], "weight") for name in measurement.weights}
+    labels = {name: ([name, *site.aliases], site.kind, site.kinds) for name, site in measurement.sites.items()}
+    labels |= {name: ([name], "weight", {"weight"}) for name in measurement.weights}
     already = {*measurement.run.sites_pattern, *measurement.run.ignore_pattern}  # obeyed while measuring
     for option, patterns in (("--sites", sites), ("--ignore", ignore)):
         for pattern in patterns:
-            if pattern not in already and not any(
-                Selection([pattern]).keeps(names, kind) for names, kind in labels.values()
-            ):
+            if pattern not in already and not any(Selection([pattern]).keeps(*label) for label in labels.values()):
                 raise UsageError(
                     f"{option} {pattern}: matches nothing that was measured; `calib report` lists all names"
                 )
     wanted = Selection(sites)
     left_out = Selection(ignore) if ignore else None
     chosen, ignored = set(), []
-    for name, (names, kind) in labels.items():
-        if left_out is not None and left_out.keeps(names, kind):
+    for name, label in labels.items():
+        if left_out is not None and left_out.keeps(*label[:2]):
             ignored.append(name)
-        elif wanted.keeps(names, kind):
+        elif wanted.keeps(*label):
             chosen.add(name)
     activations = {name: site for name, site in measurement.sites.items() if name in chosen}
     return activations, {name: weight for name, weight in measurement.weights.items() if name in chosen}, ignored

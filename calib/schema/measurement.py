@@ -44,7 +44,7 @@ class SiteRecord(Strict):
     sink_amax: float = Field(description="Largest magnitude at sink positions, the first tokens of a block")
     body_amax: float = Field(description="Largest magnitude at all other positions")
     quantiles_abs: dict[str, float] = Field(description="Quantile of abs(x) -> value; empty with ranges only")
-    aliases: dict[str, str] = Field(description="Other names of the same tensor -> kind under that name")
+    aliases: dict[str, str] = Field(description="Names of the same tensor -> kind under that name; the own one only if its kind is another")
     peaks: list[PeakRecord]
 
 
@@ -78,7 +78,7 @@ class MeasurementFile(Strict):
     corpus: CorpusProvenance
     run: RunProvenance
     gates: list[GateRecord]
-    coverage: dict[str, int] = Field(description="Sites per kind, aliases counted under their own kind")
+    coverage: dict[str, int] = Field(description="Names per kind, each under its own kind")
     statistics: Literal["full", "ranges"]
     arrays_sha256: str = Field(description="sha256 of measurement.safetensors")
     sites: dict[str, SiteRecord]

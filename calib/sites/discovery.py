@@ -10,7 +10,7 @@ from torch import nn
 
 from calib.errors import ModelError
 from calib.sites.port import Axes, Port
-from calib.sites.structure import Block, Structure, is_activation, is_norm, is_projection
+from calib.sites.structure import Block, Structure, is_activation, is_norm, is_projection, output_width
 
 __all__ = ["find_ports"]
 
@@ -81,16 +81,17 @@ def _block_ports(block: Block, structure: Structure, port: Any) -> Iterator[Port
         inside = [n for n in structure.attentions if n == name or n.startswith(name + ".")]
         (attention if inside or _mixes_tokens(child) else feed_forward).append((name, child))
     for name, child in attention:
-        last = _last_projection(name, child)
+        last = _last_projection(name, child, structure.width)
         if last is not None:
             yield port(last, "output", "attention_output")
     experts = [name for name, child in feed_forward if _has_experts(child)]
     for name in experts:
         yield port(name, "output", "mlp_output")
     if not experts:
-        lasts = [last for name, child in feed_forward if (last := _last_projection(name, child)) is not None]
-        if lasts:
-            yield port(lasts[-1], "output", "mlp_output")
+        lasts = [_last_projection(name, child, structure.width) for name, child in feed_forward]
+        found = [last for last in lasts if last is not None]
+        if found:
+            yield port(found[-1], "output", "mlp_output")
 
 
 def _parts(block: Block) -> Iterator[tuple[str, nn.Module]]:
@@ -113,12 +114,17 @@ def _has_experts(module: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
-def _last_projection(name: str, module: nn.Module) -> str | None:
-    """Name of the last projection of a module in definition order: o_proj, down_proj, c_proj, dense ..."""
-    inner = [n for n, m in module.named_modules() if is_projection(m)]
+def _last_projection(name: str, module: nn.Module, width: int | None) -> str | None:
+    """Name of the projection that leads back to the residual stream: o_proj, down_proj, c_proj, dense ...
+
+    The last in definition order of those as wide as the stream (Phi-3 defines o_proj before qkv_proj), else of all.
+    """
+    inner = [(n, m) for n, m in module.named_modules() if is_projection(m)]
+    wide = [(n, m) for n, m in inner if width is not None and output_width(m) == width]
     if not inner:
         return None
-    return f"{name}.{inner[-1]}" if inner[-1] else name
+    last = (wide or inner)[-1][0]
+    return f"{name}.{last}" if last else name
 
 
 def _after_blocks(name: str, structure: Structure) -> bool:

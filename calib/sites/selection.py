@@ -48,13 +48,20 @@ class Selection:
             hint = f"did you mean {near[0]}?" if near else "`calib sites MODEL` lists all names"
             raise UsageError(f"{option} {pattern}: matches no site of this model; {hint}")
 
-    def keeps(self, names: Sequence[str], kind: str) -> bool:
-        """Whether a tensor with these names (its own and its aliases) and this kind is measured."""
+    def keeps(self, names: Sequence[str], kind: str, others: Iterable[str] = ()) -> bool:
+        """Whether a tensor is measured.
 
-        def any_of(patterns: tuple[str, ...]) -> bool:
-            return any(_matches(pattern, name, kind) for pattern in patterns for name in names)
+        Args:
+            names: its own and its aliases; patterns may match any of them.
+            kind: the kind that names it.
+            others: its kinds under its aliases. A tensor is wanted under each of its kinds, for the input of a
+                projection mostly is the output of a norm, but left out only under the one that names it.
+        """
 
-        return (not self.wanted or any_of(self.wanted)) and not any_of(self.ignored)
+        def any_of(patterns: tuple[str, ...], kinds: tuple[str, ...]) -> bool:
+            return any(_matches(pattern, name, k) for pattern in patterns for name in names for k in kinds)
+
+        return (not self.wanted or any_of(self.wanted, (kind, *others))) and not any_of(self.ignored, (kind,))
 
     def _patterns(self) -> list[tuple[str, str]]:
         return [("--sites", p) for p in self.wanted] + [("--ignore", p) for p in self.ignored]

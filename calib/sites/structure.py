@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Block", "Structure", "is_activation", "is_norm", "is_projection"]
+__all__ = ["Block", "Structure", "is_activation", "is_norm", "is_projection", "output_width"]
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Structure:
     routers: dict[str, tuple[nn.Module, int]] = field(default_factory=dict)
     embedding: str | None = None
     head: str | None = None
+    width: int | None = None  # of the residual stream, where a configuration tells it
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
@@ -61,6 +62,8 @@ class Structure:
             stacks.add(stack)
         structure.embedding = _name_of(names, getattr(model, "get_input_embeddings", None))
         structure.head = _name_of(names, getattr(model, "get_output_embeddings", None))
+        width = getattr(getattr(model, "config", None), "hidden_size", None)
+        structure.width = width if isinstance(width, int) else None
         return structure
 
     def block_of(self, name: str) -> Block | None:
@@ -74,6 +77,12 @@ def is_projection(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return True
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def output_width(module: nn.Module) -> int | None:
+    """Output channels of a projection."""
+    width = next((w for a in ("out_features", "out_channels", "nf") if (w := getattr(module, a, None))), None)
+    return width if isinstance(width, int) else None
 
 
 def is_norm(module: nn.Module) -> bool:
