@@ -23,6 +23,9 @@ _HOMES = {
     "compare_methods": "calib.scales",
     "load_scales": "calib.scales",
     "save_scales": "calib.scales",
+    "QuantizationPlan": "calib.quantized",
+    "QuantizedModel": "calib.quantized",
+    "plan_from_scales": "calib.quantized",
     "write_checkpoint": "calib.export",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings

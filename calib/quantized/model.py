@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`QuantizedModel`: a context in which a model computes as its quantized deployment would."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from calib.errors import ModelError, UsageError
+from calib.quantized.plan import QuantizationPlan
+from calib.quantized.positions import Positions
+from calib.quantized.quantizers import TensorQuantizer
+from calib.quantized.rounding import round_to_nearest
+from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, from_matrix
+
+__all__ = ["QuantizedModel"]
+
+
+class QuantizedModel:
+    """Rounds weights once, and activations as they pass; everything is as before when the context ends.
+
+    ::
+
+        with QuantizedModel(model, plan) as quantized:
+            logits = model(input_ids).logits
+        assert not quantized.silent()
+
+    On entry each planned weight is replaced by a rounded copy (the model then needs the memory of both); on exit, also
+    after an exception, the module holds its own parameter again, the very same object. An embedding that shares the
+    parameter never sees the copy. A tensor that several modules read, such as the input of q, k and v, is rounded once.
+    Scales and rounding are float32; the rounded tensor has the dtype that the model computes in.
+
+    Args:
+        model: any module.
+        plan: what to round, see `plan_from_scales`.
+        trainable: weights are rounded anew in each forward pass with a straight-through gradient to the model's own
+            parameters, so that an optimizer can train them.
+
+    Raises:
+        UsageError: the plan names a module that the model lacks or a weight that does not fit, or the context was
+            entered twice.
+        ModelError: a weight is not in memory.
+    """
+
+    def __init__(self, model: nn.Module, plan: QuantizationPlan, *, trainable: bool = False) -> None:
+        self.model, self.plan, self.trainable = model, plan, trainable
+        self._modules = dict(model.named_modules())
+        named = {n.partition("#")[0] for n in [*plan.inputs, *plan.outputs]} | {*plan.weights, *plan.attention}
+        for name in sorted(named):
+            if name not in self._modules:
+                raise UsageError(f"{name}: the plan names it and the model has no such module; plan for this model")
+        self._stack = ExitStack()
+        self._entered = False
+        self._positions = Positions(model, plan.skip_positions)
+        self._calls: Counter[str] = Counter()
+        self._fired: set[str] = set()
+        self._placed: dict[tuple[int, torch.device], TensorQuantizer] = {}
+        self._last: _Rounded | None = None
+
+    def __enter__(self) -> Self:
+        if self._entered:
+            raise UsageError("quantized model: its context is open already; make another QuantizedModel to nest them")
+        self._entered = True
+        try:
+            self._enter()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def silent(self) -> list[str]:
+        """Names of planned modules that no forward pass has reached: their inputs or outputs were not rounded."""
+        planned = [name.partition("#")[0] for name in [*self.plan.inputs, *self.plan.outputs]]
+        planned += [f"{name}:{part}" for name, parts in self.plan.attention.items() for part in parts]
+        return sorted(set(planned) - self._fired)
+
+    def _close(self) -> None:
+        self._stack.close()
+        self._entered = False
+        self._last = None
+
+    def _enter(self) -> None:
+        self._stack.enter_context(self._positions)
+        self._stack.callback(self._positions.on_end(self._end_of_pass))
+        swapped: dict[int, nn.Parameter] = {}
+        for name, weight in self.plan.weights.items():
+            if self.trainable:
+                self._round_in_each_pass(name, weight)
+            else:
+                self._swap(name, weight, swapped)
+        for name, quantizers in _by_module(self.plan.inputs).items():
+            hook = self._modules[name].register_forward_pre_hook(self._on_input(name, quantizers), with_kwargs=True)
+            self._stack.callback(hook.remove)
+        for name, quantizers in _by_module(self.plan.outputs).items():
+            self._stack.callback(self._modules[name].register_forward_hook(self._on_output(name, quantizers)).remove)
+
+    def _swap(self, name: str, weight: WeightScheme | QuantizedWeight, swapped: dict[int, nn.Parameter]) -> None:
+        """Puts a rounded parameter in the place of a module's own; modules that share one share its copy."""
+        module = self._modules[name]
+        own = _weight(name, module)
+        rounded = swapped.get(id(own))
+        if rounded is None:
+            codes = _rounded(name, module, weight)
+            matrix = codes.dequantize().to(own.device)
+            rounded = nn.Parameter(from_matrix(module, matrix, own), requires_grad=False)
+            swapped[id(own)] = rounded
+        module._parameters["weight"] = rounded
+        self._stack.callback(module._parameters.__setitem__, "weight", own)
+
+    def _round_in_each_pass(self, name: str, weight: WeightScheme | QuantizedWeight) -> None:
+        """While a module runs, its attribute `weight` is the rounded one; its parameter stays what an optimizer has."""
+        if isinstance(weight, QuantizedWeight):
+            raise UsageError(f"{name}: codes that are fixed cannot be trained; plan a WeightScheme")
+        module = self._modules[name]
+        _weight(name, module)
+
+        def before(module: nn.Module, args: Any) -> None:
+            own = module._parameters["weight"]
+            assert own is not None
+            module.__dict__["weight"] = from_matrix(module, weight.fake(as_matrix(module, own)), own)
+
+        def after(module: nn.Module, *_: Any) -> None:
+            module.__dict__.pop("weight", None)
+
+        for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)):
+            self._stack.callback(handle.remove)
+        self._stack.callback(after, module)
+
+    def _on_input(self, name: str, quantizers: list[TensorQuantizer]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            quantizer = self._next(f"{name}:input", quantizers)
+            if args:
+                return (self._round(args[0], quantizer, name), *args[1:]), kwargs
+            for key, value in kwargs.items():
+                if isinstance(value, torch.Tensor):
+                    return args, {**kwargs, key: self._round(value, quantizer, name)}
+            return None
+
+        return hook
+
+    def _on_output(self, name: str, quantizers: list[TensorQuantizer]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not isinstance(output, torch.Tensor):
+                raise UsageError(f"{name}: its output is no tensor, it cannot be rounded; plan a module inside it")
+            return self._round(output, self._next(f"{name}:output", quantizers), name)
+
+        return hook
+
+    def _next(self, place: str, quantizers: list[TensorQuantizer]) -> TensorQuantizer:
+        """The quantizer of this call in the running pass; a call more than there are scales for takes the last."""
+        call = self._calls[place]
+        self._calls[place] += 1
+        return quantizers[min(call, len(quantizers) - 1)]
+
+    def _round(self, x: Any, quantizer: TensorQuantizer, name: str) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        self._fired.add(name)
+        if self._last is not None and self._last.holds(x, quantizer):
+            return self._last.result
+        result = self._positions.apply(x, self._place(quantizer, x.device))
+        # tensors of inference mode have no version, so that a change in place would go unseen
+        self._last = (
+            None if x.is_inference() else _Rounded(weakref.ref(x), x._version, quantizer, result, result._version)
+        )
+        return result
+
+    def _place(self, quantizer: TensorQuantizer, device: torch.device) -> TensorQuantizer:
+        key = (id(quantizer), device)
+        if key not in self._placed:
+            self._placed[key] = quantizer.to(device)
+        return self._placed[key]
+
+    def _end_of_pass(self) -> None:
+        self._calls.clear()
+        self._last = None
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """The tensor rounded last, without holding it, and the result."""
+
+    source: weakref.ref[torch.Tensor]
+    version: int
+    quantizer: TensorQuantizer
+    result: torch.Tensor
+    result_version: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor, quantizer: TensorQuantizer, result: torch.Tensor) -> Self:
+        """Remembers both in their present state."""
+        return cls(weakref.ref(x), x._version, quantizer, result, result._version)
+
+    def holds(self, x: torch.Tensor, quantizer: TensorQuantizer) -> bool:
+        """Whether the result is that of this very tensor, neither of them changed since."""
+        if self.source() is not x or self.quantizer is not quantizer:
+            return False
+        return x._version == self.version and self.result._version == self.result_version
+
+
+def _by_module(quantizers: Any) -> dict[str, list[TensorQuantizer]]:
+    """Quantizers per module, in the order of its calls."""
+    found: dict[str, dict[int, TensorQuantizer]] = {}
+    for name, quantizer in quantizers.items():
+        module, _, call = name.partition("#")
+        found.setdefault(module, {})[int(call or 0)] = quantizer
+    return {module: [calls[i] for i in sorted(calls)] for module, calls in found.items()}
+
+
+def _weight(name: str, module: nn.Module) -> nn.Parameter:
+    own = module._parameters.get("weight")
+    if own is None:
+        raise UsageError(f"{name}: it has no parameter `weight` to round; leave it out of the plan")
+    if own.is_meta:
+        raise ModelError(f"{name}: its weight is not in memory; load the model without offloading")
+    return own
+
+
+def _rounded(name: str, module: nn.Module, weight: WeightScheme | QuantizedWeight) -> QuantizedWeight:
+    own = _weight(name, module)
+    matrix = as_matrix(module, own.detach())
+    codes = weight if isinstance(weight, QuantizedWeight) else round_to_nearest(matrix, weight, name)
+    if codes.codes.shape != matrix.shape:
+        raise UsageError(
+            f"{name}: codes {list(codes.codes.shape)} for a weight {list(matrix.shape)}; round this model's weights"
+        )
+    return codes
