@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +20,7 @@ from calib.quantized.positions import Positions
 from calib.quantized.quantizers import TensorQuantizer
 from calib.quantized.rounding import round_to_nearest
 from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, from_matrix
+from calib.sites.attention import transform_attention
 
 __all__ = ["QuantizedModel"]
 
@@ -107,6 +108,9 @@ class QuantizedModel:
         for name, quantizers in _by_module(self.plan.outputs).items():
             self._stack.callback(self._modules[name].register_forward_hook(self._on_output(name, quantizers)).remove)
 
+        transforms = {id(self._modules[n]): self._on_attention(n, parts) for n, parts in self.plan.attention.items()}
+        self._stack.enter_context(transform_attention(transforms))
+
     def _swap(self, name: str, weight: WeightScheme | QuantizedWeight, swapped: dict[int, nn.Parameter]) -> None:
         """Puts a rounded parameter in the place of a module's own; modules that share one share its copy."""
         module = self._modules[name]
@@ -158,6 +162,16 @@ class QuantizedModel:
             return self._round(output, self._next(f"{name}:output", quantizers), name)
 
         return hook
+
+    def _on_attention(self, name: str, parts: Mapping[str, TensorQuantizer]) -> Callable[[str, torch.Tensor], Any]:
+        def transform(part: str, tensor: torch.Tensor) -> torch.Tensor:
+            if part not in parts:
+                return tensor
+            self._fired.add(f"{name}:{part}")
+            quantizer = self._place(parts[part], tensor.device)
+            return self._positions.apply(tensor, quantizer, with_past=part != "query")
+
+        return transform
 
     def _next(self, place: str, quantizers: list[TensorQuantizer]) -> TensorQuantizer:
         """The quantizer of this call in the running pass; a call more than there are scales for takes the last."""

@@ -178,9 +178,12 @@ class _Planner:
             return {}, {}
         ports = [p for p in find_ports(self.model) if p.kind in ("key", "value")]
         found: dict[str, dict[str, TensorQuantizer]] = {}
+        # a block without a declared attention is named itself: it may hold an undeclared one, or none
+        holders = [*self.structure.attentions]
+        holders += [b.name for b in self.structure.blocks if not any(n.startswith(b.name + ".") for n in holders)]
         unseen = {
-            f"{name}:{part}": "attention is computed inline, where keys and values cannot be reached"
-            for name in self.structure.attentions
+            f"{name}:{part}": "no attention through transformers' interface: keys and values cannot be reached"
+            for name in holders
             for part in ("key", "value")
         }
         for port in ports:
