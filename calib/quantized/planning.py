@@ -197,6 +197,8 @@ class _Planner:
                 unseen[port.name] = "it was not measured, or was zero"
             else:
                 found.setdefault(port.module, {})[port.port] = quantizer
+        if not found and not unseen:
+            unseen["kv_cache"] = "no attention was found in this model"
         return found, unseen
 
     def dynamic(self, bits: int, *, per_token: bool) -> TensorQuantizer:

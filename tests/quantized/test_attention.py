@@ -83,11 +83,11 @@ def test_scales_per_head_and_per_channel_follow_the_layout() -> None:
 def test_attention_computed_inline_is_named() -> None:
     from transformers import FalconConfig, FalconForCausalLM
 
-    config = FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = FalconForCausalLM(config)
-    plan = plan_from_scales(model, inputs="dynamic-per-token", kv_cache="dynamic-per-token")
-    assert not plan.attention
-    assert "cannot be reached" in plan.left_out["transformer.h.0:key"]
+    for layers, name in ((2, "transformer.h.1:key"), (1, "kv_cache")):  # one block alone is not known as a stack
+        config = FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2)
+        plan = plan_from_scales(FalconForCausalLM(config), inputs="dynamic-per-token", kv_cache="dynamic-per-token")
+        assert not plan.attention
+        assert "attention" in plan.left_out[name]
 
 
 def test_static_keys_need_a_scale_file(tiny_llama: Path) -> None:
