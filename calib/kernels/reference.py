@@ -161,18 +161,19 @@ class TorchAccumulator:
         upper = torch.trunc(scaled * 2.0**-60)
         low = torch.round(scaled - upper * 2.0**60).to(torch.int64)
         high = torch.where(saturated, 1 << 61, upper.to(torch.int64))
-        # low parts add in two halves of 30 bits, so that many segments cannot overflow
-        half = (1 << 30) - 1
-        parts = torch.zeros(3, *self._state["low"].shape, dtype=torch.int64, device=partial.device)
-        for part, source in zip(parts, (low & half, low >> 30, high), strict=True):
-            part.index_add_(0, group, source)
-        upper_half = parts[1] + (parts[0] >> 30)
-        added_low = ((upper_half & half) << 30) | (parts[0] & half)
-        new_low = self._state["low"] + added_low
-        new_high = self._state["high"] + parts[2] + (upper_half >> 30) + (new_low >> 60)
-        full = new_high >= 1 << 61
-        self._state["low"] = torch.where(full, 0, new_low & ((1 << 60) - 1))
-        self._state["high"] = torch.where(full, 1 << 61, new_high)
+        # added in limbs of 30 bits and carried afterwards, so that no number of segments can overflow
+        limb = (1 << 30) - 1
+        limbs = [
+            held.index_add(0, group, added)
+            for number, state in ((low, self._state["low"]), (high, self._state["high"]))
+            for held, added in ((state & limb, number & limb), (state >> 30, number >> 30))
+        ]
+        for position in range(3):
+            limbs[position + 1] += limbs[position] >> 30
+            limbs[position] &= limb
+        full = limbs[3] >= 1 << 31
+        self._state["low"] = torch.where(full, 0, (limbs[1] << 30) | limbs[0])
+        self._state["high"] = torch.where(full, 1 << 61, (limbs[3] << 30) | limbs[2])
 
     def _take_counts(self, clean: Tensor, finite: Tensor, index: dict[str, Tensor]) -> None:
         rows, offset = index["rows"], index["row_group"] * BINS

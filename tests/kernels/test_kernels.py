@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,26 @@ def test_kernels_compute_the_definition(
     if serial is not None:
         monkeypatch.setattr(fused, "_SERIAL_ELEMENTS", serial)
     check(name, threads, full, shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("blocks", [3, 9, 40])
+@pytest.mark.parametrize("magnitude", [2.0**30, 1.5 * 2.0**33, 3e38])
+@pytest.mark.parametrize("name", ["torch", "fused"])
+def test_energies_beyond_the_fixed_point_saturate_alike(name: str, magnitude: float, blocks: int) -> None:
+    values = torch.full((blocks, 6, 2), magnitude)
+    values[..., 1] = 1.0
+    context = Observation.of_shape(blocks, 6)
+    accumulator = make_kernel(name).accumulator()
+    for _ in range(2):
+        accumulator.update(values, RowPlan.of(context))
+    one = SiteStatistics.observe(values.numpy(), context)
+    got, want = accumulator.result().channels, one.merge(one).channels
+    assert got is not None
+    assert want is not None
+    assert got.energy.high.tolist() == want.energy.high.tolist()
+    assert got.energy.low.tolist() == want.energy.low.tolist()
+    exact = 2 * blocks * 6 * magnitude**2
+    assert got.sum_of_squares[0].tolist() == [exact if exact < 2.0**69 else math.inf, 2.0 * blocks * 6]
 
 
 @pytest.mark.gpu
