@@ -21,6 +21,7 @@ COMMANDS = {
     "sites": "Show what would be measured, without measuring.",
     "report": "Print what a measurement holds.",
     "merge": "Join the shards of one measurement.",
+    "distill": "Measure and raise what a teacher knows (CMI); train students.",
     "methods": "List the methods that choose scales.",
 }
 

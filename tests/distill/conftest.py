@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,20 @@ def mixture() -> Mixture:
                 nn.functional.cross_entropy(teacher(inputs), labels).backward()
                 optimiser.step()
     return Mixture(train, validation, teacher.eval())
+
+
+@pytest.fixture(scope="session")
+def text_classifier(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a BertForSequenceClassification with classes that have names, untrained."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("text_classifier")
+    names = ["calm", "storm", "whale"]
+    config = BertConfig.from_pretrained(
+        tiny_bert, id2label=dict(enumerate(names)), label2id={name: n for n, name in enumerate(names)}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return folder

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from calib.cli import main
+from calib.distill.classifier import Classifier, save_network
+from calib.distill.information import ClassInformation
+from calib.distill.networks import make_network
+from calib.distill.task import ClassificationTask
+from calib.schema.distill import ImageInput
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:  # noqa: PT012 - a command that returns has succeeded
+        main([str(a) for a in arguments])
+        raise SystemExit(0)
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> Path:
+    """A data set of vectors and a perceptron for it."""
+    torch.manual_seed(0)
+    for split in ("train", "test"):
+        labels = torch.arange(60) % 3
+        inputs = torch.nn.functional.one_hot(labels, 5).float() + 0.3 * torch.randn(60, 5)
+        save_file({"inputs": inputs, "labels": labels}, tmp_path / f"{split}.safetensors")
+    classifier = Classifier(
+        model=make_network("mlp16", 3, channels=5, size=1),
+        kind="image",
+        classes=3,
+        name="mlp",
+        task=ClassificationTask(),
+        image=ImageInput(size=1, channels=5),
+    )
+    (tmp_path / "mlp").mkdir()
+    save_network(tmp_path / "mlp", classifier, "mlp16")
+    return tmp_path
+
+
+def test_cmi_prints_what_the_definition_gives(vectors: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("distill", "cmi", vectors / "mlp", "-d", vectors, "--device", "cpu")
+    assert run(*arguments, "--temperature", 1, "--temperature", 4, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    from safetensors.torch import load_file
+
+    from calib.distill.classifier import load_network
+
+    data = load_file(vectors / "test.safetensors")
+    information = ClassInformation(3)
+    with torch.no_grad():
+        information.update(load_network(vectors / "mlp", "cpu").model(data["inputs"]), data["labels"])
+    assert record["information"][0]["cmi"] == pytest.approx(information.summary().cmi, rel=1e-6)
+    assert [one["temperature"] for one in record["information"]] == [1.0, 4.0]
+    assert run(*arguments, "--samples", 30) == 0
+    printed = capsys.readouterr().out
+    assert "30 samples, 3 classes" in printed
+    assert "NCMI" in printed
+
+
+def test_cmi_of_something_that_is_no_classifier_is_one_line(
+    tiny_bert: Path, vectors: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("distill", "cmi", tiny_bert, "-d", vectors) == 2
+    assert "its task is fill-mask" in capsys.readouterr().err
+    assert run("distill", "cmi", vectors / "mlp", "-d", vectors / "none") == 1
+    assert "no such file" in capsys.readouterr().err
