@@ -1,2 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cures: function-preserving changes that make a tensor quantizable."""
+"""Changes of a model that keep its function and make its tensors easier to quantize."""
+
+from __future__ import annotations
+
+from calib.cures.find import find_pairs
+from calib.cures.fold import Folded, fold
+from calib.cures.pairs import Consumer, Pair, Pairs
+from calib.cures.record import load_smoothing, save_smoothing, smoothing_record
+from calib.cures.smooth import Smoothing, post_smoothing_amax, smoothing_scales
+from calib.cures.sweep import SmoothingSweep
+
+__all__ = [
+    "Consumer",
+    "Folded",
+    "Pair",
+    "Pairs",
+    "Smoothing",
+    "SmoothingSweep",
+    "find_pairs",
+    "fold",
+    "load_smoothing",
+    "post_smoothing_amax",
+    "save_smoothing",
+    "smoothing_record",
+    "smoothing_scales",
+]
