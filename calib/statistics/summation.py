@@ -11,7 +11,8 @@ Between blocks, a partial sum is an integer multiple of a fixed step, so that ad
 
 * `exact_integer`: Python integers in units of 2^-298, the square of the smallest float32. Nothing is lost.
 * `FixedPoint`: for one sum of squares per channel, 121 bits in two int64, step 2^-52. A block's partial is
-  rounded to the step (absolute error <= 2^-53 per block), sums saturate at 2^69 and then read as infinite.
+  rounded to the step (absolute error <= 2^-53 per block). A partial of 2^68 or more, and a sum of 2^69 or more,
+  saturates and reads as infinite.
 """
 
 from __future__ import annotations
@@ -71,11 +72,10 @@ def exact_integer(partial: float) -> int:
 
 def exact_float(total: int) -> float:
     """The float64 nearest to a multiple of 2^-298."""
-    numerator, denominator = total, 1 << _EXACT_SHIFT
     try:
-        return numerator / denominator
+        return total / (1 << _EXACT_SHIFT)
     except OverflowError:
-        return math.copysign(math.inf, numerator)
+        return -math.inf if total < 0 else math.inf
 
 
 @dataclass(frozen=True, eq=False)
