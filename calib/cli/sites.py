@@ -30,6 +30,7 @@ def command(model: str, samples: int, max_length: int, **given: Any) -> None:
     import torch
 
     from calib.measurement.calibration import Calibration
+    from calib.measurement.failure import explained
     from calib.measurement.head import can_skip_head, takes_cache, without_head
     from calib.report.terminal import print_sites
 
@@ -38,7 +39,7 @@ def command(model: str, samples: int, max_length: int, **given: Any) -> None:
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     inputs = {"input_ids": ids, **({"use_cache": False} if takes_cache(found.model) else {})}
     skipping = without_head(found.model) if can_skip_head(found.model, device) else nullcontext()
-    with torch.no_grad(), skipping:
+    with torch.no_grad(), skipping, explained(found, tuple(ids.shape)):
         found.model(**inputs)
         begin = time.perf_counter()
         found.model(**inputs)

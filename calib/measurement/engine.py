@@ -17,9 +17,10 @@ import torch
 
 from calib import __version__
 from calib.corpus import TokenBlocks
-from calib.errors import GateError, ModelError, UsageError
+from calib.errors import ArtifactError, GateError, UsageError
 from calib.measurement.artifact import Measurement, plan_gate
 from calib.measurement.calibration import Calibration
+from calib.measurement.failure import explained
 from calib.measurement.head import can_skip_head, takes_cache, without_head
 from calib.measurement.weights import measure_weights
 from calib.models import OpenedModel, check_token_ids
@@ -29,6 +30,7 @@ __all__ = ["MeasureOptions", "measure", "resume"]
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 """Enough for matrix multiplication to be efficient; activations of a batch stay small beside the model."""
+_PROBE_TOKENS = 16
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "tokenizers", "safetensors")
 Progress = Callable[[int, int], None]
 
@@ -96,6 +98,8 @@ def measure(
     batch_size = options.batch_size or _auto_batch_size(blocks, device)
     plan = blocks.batches(batch_size)
     mine = [i for i in _shard(len(plan), options.shard) if i not in set(skip)]
+    if not mine:
+        raise GateError("measure: all batches of this plan were measured before; nothing is left to do")
     calibration = Calibration(
         model,
         sites=options.sites,
@@ -110,6 +114,8 @@ def measure(
     done, run = 0, []
     head = without_head(model) if can_skip_head(model, device) else nullcontext()
     with torch.no_grad(), head, calibration, around(calibration) if around else nullcontext():
+        with calibration.probe():  # of the whole plan's first row, so that all shards find the same aliases
+            _forward(opened, calibration, blocks, plan[0][:1], device, width=_PROBE_TOKENS)
         for index in mine:
             rows = plan[index]
             _forward(opened, calibration, blocks, rows, device)
@@ -120,7 +126,8 @@ def measure(
             if should_stop is not None and should_stop():
                 break
     threads = options.threads or torch.get_num_threads()
-    weights = measure_weights(model, kernel=options.kernel, threads=threads) if options.weights else {}
+    with explained(opened):
+        weights = measure_weights(model, kernel=options.kernel, threads=threads) if options.weights else {}
     provenance = RunProvenance(
         command=options.command,
         started=started.isoformat(timespec="seconds"),
@@ -161,16 +168,34 @@ def resume(
         UsageError, ModelError, GateError: as of `measure`.
     """
     held.require_same_plan(opened.provenance, blocks.provenance)
+    for what, before, now in (
+        ("--dtype", held.run.dtype, opened.provenance.dtype),
+        ("--sink-positions", held.run.sink_positions, options.sink_positions),
+        ("--sites", held.run.sites_pattern, list(options.sites)),
+        ("--ignore", held.run.ignore_pattern, list(options.ignore)),
+        ("--statistics", "full" if held.full else "ranges", options.statistics),
+        ("--protocol", held.run.protocol, options.protocol),
+    ):
+        if before != now:
+            raise ArtifactError(
+                f"{what} {now}: the measurement to resume has {before}; pass what it has, or measure anew"
+            )
     options = replace(options, batch_size=held.run.batch_size, weights=False)
     rest = measure(opened, blocks, options, skip=held.run.batches, **more)
     return held.merge(replace(rest, weights=held.weights))
 
 
 def _forward(
-    opened: OpenedModel, calibration: Calibration, blocks: TokenBlocks, rows: np.ndarray[Any, Any], device: torch.device
+    opened: OpenedModel,
+    calibration: Calibration,
+    blocks: TokenBlocks,
+    rows: np.ndarray[Any, Any],
+    device: torch.device,
+    *,
+    width: int | None = None,
 ) -> None:
-    """One batch. Padding is cut to the longest row and masked."""
-    lengths = blocks.lengths[rows]
+    """One batch, or the first `width` tokens of it. Padding is cut to the longest row and masked."""
+    lengths = np.minimum(blocks.lengths[rows], width or blocks.input_ids.shape[1])
     width = int(lengths.max())
     ids = blocks.input_ids[rows, :width]
     valid = np.arange(width) < lengths[:, None]
@@ -180,26 +205,8 @@ def _forward(
         inputs["attention_mask"] = torch.from_numpy(valid.astype(np.int64)).to(device)
     if takes_cache(opened.model):
         inputs["use_cache"] = False
-    try:
+    with explained(opened, ids.shape):
         opened.model(**inputs)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _out_of_memory(opened, ids.shape) from error
-    except RuntimeError as error:
-        if "not enough memory" in str(error) or "alloc" in str(error).lower():
-            raise _out_of_memory(opened, ids.shape) from error
-        raise ModelError(
-            f"{opened.provenance.name}: its forward pass failed on token ids {tuple(ids.shape)} ({error}); "
-            "check --max-length against the model's context"
-        ) from error
-
-
-def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...]) -> ModelError:
-    predicted = opened.provenance.parameters * torch.finfo(next(opened.model.parameters()).dtype).bits // 8
-    return ModelError(
-        f"{opened.provenance.name}: out of memory in a batch of {shape[0]} x {shape[1]} tokens beside "
-        f"{predicted / 2**30:.1f} GiB of weights; pass a smaller --batch-size or --max-length, --dtype bfloat16, "
-        "or --statistics ranges"
-    )
 
 
 def _device(opened: OpenedModel) -> torch.device:

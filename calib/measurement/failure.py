@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to say when a model's own code fails while it is measured: memory first, then anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from calib.errors import CalibError, ModelError
+from calib.models import OpenedModel
+
+__all__ = ["explained"]
+
+# how the allocators of torch's CPU and CUDA back ends say it in an ordinary RuntimeError
+_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
+
+
+@contextmanager
+def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Within the block an error of the model becomes one line that says what helps; the chain keeps the rest.
+
+    Args:
+        opened: the model.
+        shape: of the token ids that it runs on, ``(rows, tokens)``; None while its weights are measured.
+
+    Raises:
+        ModelError: memory did not suffice, or the model cannot run on such token ids.
+    """
+    try:
+        yield
+    except CalibError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory(opened, shape) from error
+    except Exception as error:  # of any model class, also of code that a checkpoint brings
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY):
+            raise _out_of_memory(opened, shape) from error
+        if shape is None:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"{opened.provenance.name}: its forward pass failed on token ids {shape[0]} x {shape[1]} ({reason}); "
+            "check --max-length against the model's context, and that the model takes token ids"
+        ) from error
+
+
+def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...] | None) -> ModelError:
+    weights = sum(parameter.nbytes for parameter in opened.model.parameters())
+    wide = any(parameter.dtype == torch.float32 for parameter in opened.model.parameters())
+    helps = ["--dtype bfloat16"] if wide else []
+    if shape is None:
+        where = "while its weights were measured"
+        helps.append("--device with more memory")
+    else:
+        where = f"in a batch of {shape[0]} x {shape[1]} tokens"
+        smaller = f"--batch-size {shape[0] // 2}" if shape[0] > 1 else f"--max-length {max(2, shape[1] // 2)}"
+        helps = [smaller, *helps, "--statistics ranges"]
+    return ModelError(
+        f"{opened.provenance.name}: out of memory {where}, beside {weights / 1e9:.1f} GB of weights; "
+        f"pass {' or '.join(helps)}"
+    )
