@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -113,9 +114,13 @@ class _Search:
         for pair in pairs:
             assert pair is not None
             self._keep(pair)
+        block = re.compile(rf"(?<![\w.]){re.escape(known.block)}\.")
+
+        def moved(text: str) -> str:
+            return block.sub(f"{probe.scope.name}.", text)
+
         for name, reason in known.reasons.items():
-            there, here = f"{known.block}.", f"{probe.scope.name}."
-            self._refuse(name.replace(there, here), reason.replace(there, here))
+            self._refuse(moved(name), moved(reason))
         return True
 
     def _decide(self, probe: Probe, producer: str, rows: NDArray[np.int64], finding: Finding) -> Pair | None:

@@ -136,13 +136,13 @@ def _stacked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Children of every outermost `ModuleList` or `Sequential` of at least two children of one class with weights."""
     taken: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(name.startswith(t + ".") for t in taken):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(f".{name}".startswith(t) for t in taken):
             continue
         children = list(module.children())
         same = len(children) > 1 and len({type(c) for c in children}) == 1
         if same and not is_projection(children[0]) and any(is_projection(m) for m in children[0].modules()):
-            taken.append(name)
-            yield from ((f"{name}.{key}", child) for key, child in module.named_children())
+            taken.append(f".{name}." if name else ".")
+            yield from ((f"{name}.{key}" if name else key, child) for key, child in module.named_children())
 
 
 def _layer_index(name: str) -> int | None:
