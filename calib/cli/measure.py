@@ -10,6 +10,7 @@ import click
 
 from calib.cli.config import RecipeCommand
 from calib.cli.options import corpus_options, measured, model_options, opened, output_options, run_options
+from calib.cli.protocols import follow_protocol, show_protocol
 from calib.errors import GateError, Interrupted, UsageError
 from calib.output import require_free
 
@@ -25,6 +26,7 @@ __all__ = ["command"]
 @model_options
 @corpus_options
 @run_options
+@click.option("--protocol", type=click.Choice(["max-activations"]), help="Follow a published protocol; see docs.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted measurement in the output folder.")
 @output_options
 def command(model: str, output: Path, **given: Any) -> None:
@@ -36,16 +38,20 @@ def command(model: str, output: Path, **given: Any) -> None:
     """
     held = _interrupted(output, given) if given["resume"] else None
     require_free(output, overwrite=given["overwrite"] or held is not None)
+    follow_protocol(given)
     found = opened(model, given)
     measurement, stopped = measured(found, given, held)
     measurement.save(output, overwrite=given["overwrite"] or held is not None)
     from calib.report.terminal import print_json, print_measurement
 
-    if given["as_json"]:
+    by_protocol = given["protocol"] is not None and len(measurement.run.batches) == measurement.run.planned_batches
+    if given["as_json"] and not by_protocol:
         print_json(output / "measurement.json")
-    elif not given["quiet"]:
+    elif not (given["as_json"] or given["quiet"]):
         print_measurement(measurement, found.tokenizer)
         click.echo(f"wrote {output}")
+    if by_protocol:
+        show_protocol(measurement, output, given)
     if stopped:
         raise Interrupted(f"{output}: interrupted; the batches measured so far are kept, --resume measures the others")
     failed = [gate for gate in measurement.gates if not gate.passed and not _is_shard(given, gate.name)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from calib.cli.protocols import show_protocol
 from calib.errors import GateError
 
 __all__ = ["command"]
@@ -25,6 +26,8 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, verbose: i
     whole = reduce(Measurement.merge, [Measurement.load(folder) for folder in folders])
     whole.save(output, overwrite=overwrite)
     click.echo(f"wrote {output}")
+    if whole.run.protocol == "max-activations" and len(whole.run.batches) == whole.run.planned_batches:
+        show_protocol(whole, output, {"as_json": False, "quiet": False})
     failed = [gate for gate in whole.gates if not gate.passed]
     if failed:
         raise GateError(f"{output}: gate {failed[0].name} failed: {failed[0].detail}")

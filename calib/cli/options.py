@@ -84,6 +84,7 @@ def measured(found: OpenedModel, given: dict[str, Any], held: Measurement | None
     What `held` has is not measured again.
     """
     from calib.measurement.engine import measure, resume
+    from calib.protocols.massive_tokens import massive_tokens
     from calib.report.progress import progress
 
     blocks = _blocks(found, given)
@@ -92,7 +93,10 @@ def measured(found: OpenedModel, given: dict[str, Any], held: Measurement | None
         click.echo(f"note: {note}", err=True)
     with stop_signal() as should_stop, progress(quiet=quiet) as report:
         run = measure if held is None else partial(resume, held=held)
-        measurement = run(found, blocks, options=_options(given), progress=report, should_stop=should_stop)
+        around = massive_tokens if given.get("protocol") == "max-activations" else None
+        measurement = run(
+            found, blocks, options=_options(given), progress=report, should_stop=should_stop, around=around
+        )
         return measurement, should_stop()
 
 
@@ -114,6 +118,7 @@ def _options(given: dict[str, Any]) -> MeasureOptions:
         kernel=given["kernel"],
         sink_positions=given["sink_positions"],
         shard=_shard(given["shard"]),
+        protocol=given.get("protocol"),
         command="calib " + " ".join(Path(a).name if a.startswith("/") else a for a in sys.argv[1:]),
     )
 

@@ -10,6 +10,7 @@ import click
 
 from calib.cli.config import RecipeCommand
 from calib.cli.options import corpus_options, measured, model_options, opened, output_options, run_options
+from calib.cli.protocols import quantize_by_protocol
 from calib.errors import GateError, Interrupted
 from calib.output import output_folder, require_free
 
@@ -35,6 +36,7 @@ RECORD = "measurement.json"
 @click.option(
     "--weight-granularity", type=click.Choice(["per-row", "per-tensor"]), default="per-row", show_default=True
 )
+@click.option("--protocol", type=click.Choice(["int8-sanity"]), help="Run a published check instead; see docs.")
 @model_options
 @corpus_options
 @run_options
@@ -49,6 +51,9 @@ def command(source: str, output: Path, **given: Any) -> None:
     from calib.measurement.artifact import Measurement
     from calib.scales import Grid, choose_scales, compare_methods, parse_method, save_scales
 
+    if given["protocol"] is not None:
+        quantize_by_protocol(source, output, given, is_model=not _is_measurement(Path(source)))
+        return
     require_free(output, overwrite=given["overwrite"])
     Grid(given["bits"], given["symmetric"])
     methods = [name.strip() for name in given["method"].split(",")]

@@ -88,6 +88,7 @@ class Measurement:
             ("batch size", self.run.batch_size, other.run.batch_size),
             ("sink positions", self.run.sink_positions, other.run.sink_positions),
             ("statistics", self.full, other.full),
+            ("protocol", self.run.protocol, other.run.protocol),
         ):
             if mine != theirs:
                 raise ArtifactError(f"merge: the measurements differ in {what}; merge shards of one plan only")

@@ -51,6 +51,7 @@ class _Watch:
         self.context: Observation | None = None
         self.pending: list[tuple[tuple[int, int], torch.Tensor]] = []
         self.calls: Counter[int] = Counter()
+        self.failed = calibration.failed_forwards
 
     def hook(self, number: int) -> Callable[..., None]:
         port = self.calibration.ports[number]
@@ -74,9 +75,11 @@ class _Watch:
         return see
 
     def flush(self) -> None:
-        """Reads what a forward pass left on the device, in one transfer, and adds it."""
+        """Reads what a forward pass left on the device, in one transfer, and adds it; a pass that broke off is dropped."""
         held = self.calibration.token_ratios
-        if self.context is not None and self.pending:
+        broke_off = self.calibration.failed_forwards > self.failed
+        self.failed = self.calibration.failed_forwards
+        if self.context is not None and self.pending and not broke_off:
             numbers = torch.stack([pair for _, pair in self.pending]).cpu().numpy()
             for (key, _), (amax, median) in zip(self.pending, numbers, strict=True):
                 one = TokenRatio.of(amax, median, self.context)

@@ -47,7 +47,7 @@ class Comparison:
         return 1 + sum(m.magnitude > self.measured.magnitude for m in self.published)
 
 
-def protocol_dtype(*, add_bos: bool, chat_template: bool, statistics: str, dtype: str) -> str:
+def protocol_dtype(*, add_bos: bool, chat_template: bool, statistics: str, dtype: str, protocol: str = PROTOCOL) -> str:
     """Checks the options of a run and returns its dtype: bfloat16, unless another one was asked for.
 
     Raises:
@@ -56,10 +56,10 @@ def protocol_dtype(*, add_bos: bool, chat_template: bool, statistics: str, dtype
     for option, given in (("--add-bos", add_bos), ("--chat-template", chat_template)):
         if given:
             raise UsageError(
-                f"{option}: --protocol {PROTOCOL} runs plain text without BOS; leave out one of the two options"
+                f"{option}: --protocol {protocol} runs plain text without BOS; leave out one of the two options"
             )
     if statistics != "full":
-        raise UsageError(f"--statistics {statistics}: --protocol {PROTOCOL} needs histograms; pass --statistics full")
+        raise UsageError(f"--statistics {statistics}: --protocol {protocol} needs histograms; pass --statistics full")
     return "bfloat16" if dtype == "auto" else dtype
 
 

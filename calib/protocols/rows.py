@@ -94,7 +94,7 @@ class CheckpointMaximum:
         if not held:
             raise ArtifactError("max-activations: no row of the five kinds of sites; pass a file of such statistics")
         for row in held:
-            if not math.isfinite(row.amax):
+            if not (math.isfinite(row.min) and math.isfinite(row.max)):
                 raise ArtifactError(f"{row.checkpoint}: {row.site.name} holds NaN or infinity; measure it again")
         top = max(held, key=lambda r: r.amax)
         by_kind: dict[str, float] = {}

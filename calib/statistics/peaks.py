@@ -21,7 +21,7 @@ class PeakList:
     """The top values by magnitude, largest first.
 
     Law: the first `limit` of both lists under one total order (magnitude descending, then document, position, channel,
-    token ascending), which is commutative and associative. Zeros are no peaks, and token texts are never kept.
+    token, sign ascending), which is commutative and associative. Zeros are no peaks, and token texts are never kept.
 
     Attributes:
         value: float32 ``[k]``, signed.
@@ -62,7 +62,7 @@ class PeakList:
         limit: int = PEAKS,
     ) -> PeakList:
         """The peaks among any number of candidates, in any order."""
-        order = np.lexsort((token_id, channel, position, document, -np.abs(value)))
+        order = np.lexsort((value, token_id, channel, position, document, -np.abs(value)))
         order = order[value[order] != 0][:limit]
         return cls(
             value[order].astype(np.float32),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.statistics.observation import EXCLUDED, GROUPS, Observation
-from calib.statistics.summation import block_sum, exact_float, exact_integer, pairwise_sum
+from calib.statistics.summation import block_sum, exact_float, exact_integer
 
 __all__ = ["MASSIVE_MAGNITUDE", "MASSIVE_RATIO", "TokenRatio"]
 
@@ -84,7 +84,7 @@ class TokenRatio:
         ratio = np.divide(high, middle, out=np.full(high.shape, np.inf), where=known)
         massive = (high > MASSIVE_MAGNITUDE) & (ratio > MASSIVE_RATIO)
         finite = np.where(known, ratio, 0.0)
-        total, energy = (exact_integer(float(pairwise_sum(block_sum(v)))) for v in (finite, finite * finite))
+        total, energy = (exact_integer(float(block_sum(v))) for v in (finite, finite * finite))
         pairs = list(zip(high.tolist(), middle.tolist(), strict=True))
         steepest = max((pairs[i] for i in np.flatnonzero(finite == finite.max())), key=_by_ratio)
         return cls(

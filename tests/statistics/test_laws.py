@@ -45,7 +45,7 @@ def assert_equal(first: SiteStatistics, second: SiteStatistics) -> None:
         assert array.tobytes() == right[name].tobytes(), name
 
 
-@pytest.mark.parametrize("field", sorted(_FIELDS))
+@pytest.mark.parametrize("field", sorted(set(_FIELDS) - {"ratios"}))  # on request only: see test_ratios.py
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=15, deadline=None)
 def test_merge_is_commutative_associative_and_has_a_neutral_element(field: str, seed: int) -> None:
@@ -107,3 +107,10 @@ def test_sums_of_one_block_of_exact_values_are_exact() -> None:
     measured = Range.observe(values, Observation.of_shape(1, 300))
     assert measured.sum == math.fsum(values.ravel().tolist())
     assert measured.sum_of_squares == math.fsum(float(v) ** 2 for v in values.ravel())
+
+
+def test_peaks_of_equal_size_and_place_are_ordered_by_sign() -> None:
+    # two blocks of one document may hold the same token at the same position
+    context = Observation.of_tokens(np.zeros((1, 1), np.int64), document=np.zeros(1, np.int64))
+    plus, minus = (SiteStatistics.observe(np.full((1, 1, 1), v, np.float32), context) for v in (7.0, -7.0))
+    assert_equal(plus.merge(minus), minus.merge(plus))
