@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from calib.errors import ModelError, UsageError
+from calib.quantized.int8 import Int8Input, Int8Linear, why_not_int8
 from calib.quantized.plan import QuantizationPlan
 from calib.quantized.positions import Positions
-from calib.quantized.quantizers import TensorQuantizer
+from calib.quantized.quantizers import IntegerQuantizer, TensorQuantizer
+from calib.quantized.recent import Recent
 from calib.quantized.rounding import round_to_nearest
 from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, from_matrix
 from calib.sites.attention import transform_attention
@@ -42,8 +42,13 @@ class QuantizedModel:
     Args:
         model: any module.
         plan: what to round, see `plan_from_scales`.
+        mode: ``fake`` multiplies rounded values in the model's dtype; ``int8`` multiplies the same codes in int8 and
+            adds in int32 (`Int8Linear`), where a module's weight and input allow it.
         trainable: weights are rounded anew in each forward pass with a straight-through gradient to the model's own
             parameters, so that an optimizer can train them.
+
+    Attributes:
+        not_int8: in mode ``int8``, modules that are computed as in mode ``fake`` -> the reason.
 
     Raises:
         UsageError: the plan names a module that the model lacks or a weight that does not fit, or the context was
@@ -51,20 +56,33 @@ class QuantizedModel:
         ModelError: a weight is not in memory.
     """
 
-    def __init__(self, model: nn.Module, plan: QuantizationPlan, *, trainable: bool = False) -> None:
-        self.model, self.plan, self.trainable = model, plan, trainable
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: QuantizationPlan,
+        *,
+        mode: Literal["fake", "int8"] = "fake",
+        trainable: bool = False,
+    ) -> None:
+        if mode not in ("fake", "int8"):
+            raise UsageError(f"mode {mode!r}: unknown; choose fake or int8")
+        if mode == "int8" and trainable:
+            raise UsageError("mode int8: codes have no gradient; train in mode fake")
+        self.model, self.plan, self.mode, self.trainable = model, plan, mode, trainable
         self._modules = dict(model.named_modules())
         named = {n.partition("#")[0] for n in [*plan.inputs, *plan.outputs]} | {*plan.weights, *plan.attention}
         for name in sorted(named):
             if name not in self._modules:
                 raise UsageError(f"{name}: the plan names it and the model has no such module; plan for this model")
+        self.not_int8 = self._kept_from_int8() if mode == "int8" else {}
         self._stack = ExitStack()
         self._entered = False
         self._positions = Positions(model, plan.skip_positions)
         self._calls: Counter[str] = Counter()
         self._fired: set[str] = set()
         self._placed: dict[tuple[int, torch.device], TensorQuantizer] = {}
-        self._last: _Rounded | None = None
+        self._rounded: Recent[torch.Tensor] = Recent()
+        self._codes: Recent[Int8Input] = Recent()
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -88,21 +106,33 @@ class QuantizedModel:
         planned += [f"{name}:{part}" for name, parts in self.plan.attention.items() for part in parts]
         return sorted(set(planned) - self._fired)
 
+    def _kept_from_int8(self) -> dict[str, str]:
+        """Planned modules that mode `int8` computes as mode `fake` does, and why."""
+        inputs = _by_module(self.plan.inputs)
+        found = {}
+        for name in dict.fromkeys([*inputs, *self.plan.weights]):
+            why = why_not_int8(self._modules[name], self.plan.weights.get(name), inputs.get(name, []))
+            if why is not None:
+                found[name] = why
+        return found
+
     def _close(self) -> None:
         self._stack.close()
         self._entered = False
-        self._last = None
+        self._end_of_pass()
 
     def _enter(self) -> None:
         self._stack.enter_context(self._positions)
         self._stack.callback(self._positions.on_end(self._end_of_pass))
-        swapped: dict[int, nn.Parameter] = {}
+        inputs = _by_module(self.plan.inputs)
         for name, weight in self.plan.weights.items():
             if self.trainable:
                 self._round_in_each_pass(name, weight)
-            else:
-                self._swap(name, weight, swapped)
-        for name, quantizers in _by_module(self.plan.inputs).items():
+                continue
+            codes = self._swap(name, weight)
+            if self.mode == "int8" and name not in self.not_int8:
+                self._compute_in_int8(name, codes, inputs.pop(name))
+        for name, quantizers in inputs.items():
             hook = self._modules[name].register_forward_pre_hook(self._on_input(name, quantizers), with_kwargs=True)
             self._stack.callback(hook.remove)
         for name, quantizers in _by_module(self.plan.outputs).items():
@@ -111,18 +141,38 @@ class QuantizedModel:
         transforms = {id(self._modules[n]): self._on_attention(n, parts) for n, parts in self.plan.attention.items()}
         self._stack.enter_context(transform_attention(transforms))
 
-    def _swap(self, name: str, weight: WeightScheme | QuantizedWeight, swapped: dict[int, nn.Parameter]) -> None:
-        """Puts a rounded parameter in the place of a module's own; modules that share one share its copy."""
+    def _swap(self, name: str, weight: WeightScheme | QuantizedWeight) -> QuantizedWeight:
+        """Puts a rounded parameter in the place of a module's own."""
         module = self._modules[name]
         own = _weight(name, module)
-        rounded = swapped.get(id(own))
-        if rounded is None:
-            codes = _rounded(name, module, weight)
-            matrix = codes.dequantize().to(own.device)
-            rounded = nn.Parameter(from_matrix(module, matrix, own), requires_grad=False)
-            swapped[id(own)] = rounded
-        module._parameters["weight"] = rounded
+        codes = _rounded(name, module, weight)
+        rounded = from_matrix(module, codes.dequantize(), own)
+        module._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
         self._stack.callback(module._parameters.__setitem__, "weight", own)
+        return codes
+
+    def _compute_in_int8(self, name: str, codes: QuantizedWeight, quantizers: list[TensorQuantizer]) -> None:
+        """Has a module multiply codes. What stays in float at its first positions meets the same rounded weight."""
+        module = self._modules[name]
+        linear = Int8Linear(module, codes)
+        previous = module.__dict__.get("forward")
+        in_float = module.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            self._fired.add(name)
+            quantizer = self._place(self._next(f"{name}:input", quantizers), x.device)
+            assert isinstance(quantizer, IntegerQuantizer)
+
+            def product(part: torch.Tensor) -> torch.Tensor:
+                return linear(self._codes.of(part, quantizer, lambda: Int8Input.of(part, quantizer)), part.dtype)
+
+            return self._positions.apply(x, product, in_float=in_float)
+
+        module.__dict__["forward"] = forward
+        if previous is None:
+            self._stack.callback(module.__dict__.pop, "forward")
+        else:
+            self._stack.callback(module.__dict__.__setitem__, "forward", previous)
 
     def _round_in_each_pass(self, name: str, weight: WeightScheme | QuantizedWeight) -> None:
         """While a module runs, its attribute `weight` is the rounded one; its parameter stays what an optimizer has."""
@@ -183,14 +233,7 @@ class QuantizedModel:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
         self._fired.add(name)
-        if self._last is not None and self._last.holds(x, quantizer):
-            return self._last.result
-        result = self._positions.apply(x, self._place(quantizer, x.device))
-        # tensors of inference mode have no version, so that a change in place would go unseen
-        self._last = (
-            None if x.is_inference() else _Rounded(weakref.ref(x), x._version, quantizer, result, result._version)
-        )
-        return result
+        return self._rounded.of(x, quantizer, lambda: self._positions.apply(x, self._place(quantizer, x.device)))
 
     def _place(self, quantizer: TensorQuantizer, device: torch.device) -> TensorQuantizer:
         key = (id(quantizer), device)
@@ -200,29 +243,8 @@ class QuantizedModel:
 
     def _end_of_pass(self) -> None:
         self._calls.clear()
-        self._last = None
-
-
-@dataclass(frozen=True)
-class _Rounded:
-    """The tensor rounded last, without holding it, and the result."""
-
-    source: weakref.ref[torch.Tensor]
-    version: int
-    quantizer: TensorQuantizer
-    result: torch.Tensor
-    result_version: int
-
-    @classmethod
-    def of(cls, x: torch.Tensor, quantizer: TensorQuantizer, result: torch.Tensor) -> Self:
-        """Remembers both in their present state."""
-        return cls(weakref.ref(x), x._version, quantizer, result, result._version)
-
-    def holds(self, x: torch.Tensor, quantizer: TensorQuantizer) -> bool:
-        """Whether the result is that of this very tensor, neither of them changed since."""
-        if self.source() is not x or self.quantizer is not quantizer:
-            return False
-        return x._version == self.version and self.result._version == self.result_version
+        self._rounded.forget()
+        self._codes.forget()
 
 
 def _by_module(quantizers: Any) -> dict[str, list[TensorQuantizer]]:

@@ -11,8 +11,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from calib.quantized.quantizers import TensorQuantizer
-
 __all__ = ["Positions"]
 
 
@@ -53,25 +51,42 @@ class Positions:
         self._ends.append(call)
         return self._ends.clear
 
-    def apply(self, x: torch.Tensor, quantizer: TensorQuantizer, *, with_past: bool = False) -> torch.Tensor:
-        """Rounds a tensor but for the positions that stay in float.
+    def apply(
+        self,
+        x: torch.Tensor,
+        quantized: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        in_float: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        with_past: bool = False,
+    ) -> torch.Tensor:
+        """Applies one function to a tensor, and another to the positions that stay in float.
 
         Args:
             x: ``[..., tokens, channels]``, or ``[rows * tokens, channels]``.
-            quantizer: what rounds it.
+            quantized: for tokens that are rounded; keeps all axes but the last.
+            in_float: for those that are not; the identity by default.
             with_past: the tokens of the cache come first in ``x``, as in keys and values.
         """
+        first, rest = self.split(x, with_past=with_past)
+        if first is None:
+            return quantized(x)
+        parts = [first if in_float is None else in_float(first)]
+        if rest.shape[-2]:
+            parts.append(quantized(rest))
+        result = torch.cat(parts, -2)
+        return result.reshape(*x.shape[:-1], result.shape[-1])
+
+    def split(self, x: torch.Tensor, *, with_past: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The positions that stay in float, None if none does, and the others: views ``[..., tokens, channels]``."""
         skip = self.skip if with_past else self.skip - self._past
         if skip <= 0:
-            return quantizer(x)
+            return None, x
         view = x
         if x.ndim == 2 and self._batch is not None and x.shape[0] == self._batch[0] * self._batch[1]:
             view = x.unflatten(0, self._batch)
         if view.ndim < 3:
-            return quantizer(x)
-        if view.shape[-2] <= skip:
-            return x
-        return torch.cat([view[..., :skip, :], quantizer(view[..., skip:, :])], -2).view(x.shape)
+            return None, x
+        return view[..., :skip, :], view[..., skip:, :]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1

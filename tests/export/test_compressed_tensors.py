@@ -14,29 +14,22 @@ from torch import nn
 
 from calib.corpus import build_blocks
 from calib.errors import ArtifactError, ModelError, UsageError
-from calib.export.compressed_tensors import input_grid, weight_codes, write_checkpoint
+from calib.export.compressed_tensors import write_checkpoint
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
+from calib.quantized import QuantizedModel, plan_from_scales
 from calib.scales import choose_scales
 
 
-def emulated(opened: OpenedModel, scales: Any, quantized: list[str], ids: torch.Tensor) -> torch.Tensor:
-    """The float model with codes times scales for weights, and inputs rounded to their grid by hooks."""
-    readers = {r: t for n, t in scales.tensors.items() for r in [n, *t.shared_with]}
-    for name in quantized:
-        module = opened.model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        codes, scale = weight_codes(module.weight.detach())
-        module.weight = nn.Parameter(codes.float() * scale)
-        step, zero = input_grid(readers[f"{name}:input"])
-
-        def rounded(m: nn.Module, args: Any, step: float = step, zero: int = zero) -> tuple[torch.Tensor]:
-            codes = torch.clamp(torch.round(args[0] / torch.tensor(step) + zero), -128, 127)
-            return ((codes - zero) * torch.tensor(step),)
-
-        module.register_forward_pre_hook(rounded)
-    with torch.no_grad():
-        return first_output(opened.model(input_ids=ids))
+def emulated(opened: OpenedModel, scales: Any, in_float: dict[str, str], ids: torch.Tensor) -> torch.Tensor:
+    """The float model, fake-quantized on the grid of the format."""
+    plan = plan_from_scales(opened.model, scales, convention="compressed-tensors")
+    linear = {n for n, m in opened.model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(plan.left_out) & linear == set(in_float)
+    with torch.no_grad(), QuantizedModel(opened.model, plan) as quantized:
+        result = first_output(opened.model(input_ids=ids))
+    assert quantized.silent() == []
+    return result
 
 
 def first_output(output: Any) -> torch.Tensor:
@@ -53,7 +46,7 @@ def check(folder: Path, out: Path, *, symmetric: bool) -> None:
     with torch.no_grad():
         found = first_output(loaded(input_ids=ids))
         plain = first_output(opened.model(input_ids=ids))
-    ours = emulated(opened, scales, summary.quantized, ids)
+    ours = emulated(opened, scales, summary.in_float, ids)
     assert torch.equal(found, ours)
     assert not torch.equal(found, plain)
     assert transformers.AutoTokenizer.from_pretrained(out).get_vocab() == opened.tokenizer.get_vocab()
