@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,7 +159,10 @@ class Measurement:
             statistics = [SiteStatistics.from_tensors(t) for t in unpack("sites", tensors, len(record.sites))]
             of_weights = [WeightStatistics.from_tensors(t) for t in unpack("weights", tensors, len(record.weights))]
         except (KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
-            raise ArtifactError(f"{arrays}: field {error} is missing; measure again with this version") from error
+            raise ArtifactError(
+                f"{arrays}: does not hold what this version needs ({type(error).__name__}: {error}); measure again"
+            ) from error
+        _check_fit(record, statistics, folder / RECORD)
         sites = {
             name: Site(name, r.kind, r.module, r.port, r.layer, r.dtype, r.channels, r.aliases, s)
             for (name, r), s in zip(record.sites.items(), statistics, strict=True)
@@ -212,6 +216,25 @@ def _read_record(path: Path) -> MeasurementFile:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"{path}: {where}: {first['msg']}; copy it again, or measure again") from error
+
+
+def _check_fit(record: MeasurementFile, statistics: Sequence[SiteStatistics], path: Path) -> None:
+    """The record repeats what the arrays say: a site that was edited, moved or renamed in it stands out."""
+    for (name, site), held in zip(record.sites.items(), statistics, strict=True):
+        values, channels = held.range, held.channels
+        seen = values.count_all > 0
+        for what, told, found in (
+            ("count", site.count, values.count_all),
+            ("nonfinite", site.nonfinite, values.nonfinite_all),
+            ("min", site.min, values.min if seen else None),
+            ("max", site.max, values.max if seen else None),
+            ("amax", site.amax, values.amax),
+            ("channels", site.channels, site.channels if channels is None else channels.minimum.shape[1]),
+        ):
+            if told != found:
+                raise ArtifactError(
+                    f"{path}: {name}: {what} is {told}, the arrays say {found}; copy both files again, or measure again"
+                )
 
 
 def _site_record(site: Site) -> SiteRecord:
