@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ class _Input:
         mean_square: of the input per channel, float64 ``[inputs]``.
         columns: largest weight per column, float32 ``[inputs]``.
         column_spread: mean square of a column's weights over the square of the largest, averaged over the columns.
-        row_spread: mean square of the rows' largest weights over the square of the largest of all.
+        row_exponent: p for which the p-norm over the columns' mean squares gives the mean square of a row's largest
+            weight: infinite where one column is the largest of every row, smaller the more columns compete.
         rows: number of outputs.
     """
 
@@ -38,7 +40,7 @@ class _Input:
     mean_square: NDArray[np.float64]
     columns: NDArray[np.float32]
     column_spread: float
-    row_spread: float
+    row_exponent: float
     rows: int
 
 
@@ -92,8 +94,8 @@ class SmoothingSweep:
 
         Rounding noise of a step D has power D^2 / 12, or the power of the channel itself where all of it rounds to 0.
         The activation's (one step for the tensor) passes the squared columns; the weights' (one step per row) passes
-        the squared activations. Energies of columns and largest values
-        of rows are taken to keep their proportion to the largest weights, which is all that a measurement has of them.
+        the squared activations. A measurement holds the largest weight of each column and row; the energy of columns
+        and, after smoothing, the largest weights of rows are estimated from them (within a factor 2 in our test).
         """
         levels = 2 ** (bits - 1) - 1
         result = np.zeros((len(self.pairs), len(alphas)))
@@ -104,9 +106,9 @@ class SmoothingSweep:
                 columns = one.columns * s
                 power = one.mean_square / s**2
                 step = (one.amax / s).max(1, keepdims=True) / levels
-                weight_step = columns.max(1) / levels
+                weight_step_square = _row_square(columns, one.column_spread, one.row_exponent) / levels**2
                 of_activation = (np.minimum(step**2 / 12, power) * columns**2).sum(1) * one.column_spread
-                of_weight = weight_step**2 / 12 * one.row_spread * power.sum(1)
+                of_weight = weight_step_square / 12 * power.sum(1)
                 result[number] += one.rows * (of_activation + of_weight)
         return result
 
@@ -157,15 +159,35 @@ def _input(
     groups = slice(None) if include_sink else slice(REST, REST + 1)
     amax = np.maximum(np.maximum(channels.maximum, -channels.minimum)[groups].max(0), np.float32(0))
     tokens = max(count / consumer.channels.size, 1.0)
-    elements = weight.statistics.range
     rows = np.maximum(weight.statistics.row_max, -weight.statistics.row_min).astype(np.float64)
     mean = float(np.square(columns.astype(np.float64)).mean())
+    spread = weight.statistics.range.rms**2 / mean if mean > 0 else 0.0
     return _Input(
         consumer,
         amax,
         channels.sum_of_squares[groups].sum(0) / tokens,
         columns,
-        elements.rms**2 / mean if mean > 0 else 0.0,
-        float(np.square(rows).mean() / max(float(np.square(rows).max()), 1e-300)),
+        spread,
+        _row_exponent(columns, spread, float(np.square(rows).mean())),
         rows.size,
     )
+
+
+def _row_square(columns: NDArray[np.floating[Any]], spread: float, exponent: float) -> NDArray[np.float64]:
+    """Estimated mean square of a row's largest weight, from the columns' largest ``[..., inputs]``."""
+    squares = spread * np.square(columns.astype(np.float64))
+    largest = np.maximum(squares.max(-1, keepdims=True), np.finfo(np.float64).tiny)
+    result: NDArray[np.float64] = largest[..., 0] * ((squares / largest) ** exponent).sum(-1) ** (1 / exponent)
+    return result
+
+
+def _row_exponent(columns: NDArray[np.floating[Any]], spread: float, measured: float) -> float:
+    """The exponent, in 1..64, with which `_row_square` gives what was measured; it falls as the exponent grows."""
+    low, high = 0.0, 6.0  # powers of two
+    for _ in range(30):
+        middle = (low + high) / 2
+        if _row_square(columns, spread, 2.0**middle) > measured:
+            low = middle
+        else:
+            high = middle
+    return float(2.0**low)

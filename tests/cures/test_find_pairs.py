@@ -12,7 +12,7 @@ from torch import nn
 
 from calib.cures import Pairs, find_pairs
 from calib.errors import ModelError
-from tests.cures.conftest import build
+from tests.cures.models import build, pairs_of
 
 GATED = [
     ("{norm1}", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
@@ -95,16 +95,16 @@ def test_every_pair_of_an_architecture_is_found_and_no_other(name: str) -> None:
         for layer in range(2)
         for producer, consumers in block
     ]
-    assert described(find_pairs(build(name))) == expected
+    assert described(pairs_of(name)) == expected
 
 
 def test_shared_layers_make_one_pair_for_all_calls() -> None:
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0.attention."
-    assert described(find_pairs(build("albert"))) == [(f"{layer}value", [f"{layer}dense"])]
+    assert described(pairs_of("albert")) == [(f"{layer}value", [f"{layer}dense"])]
 
 
 def test_encoder_and_decoder_are_searched() -> None:
-    found = dict(described(find_pairs(build("t5"))))
+    found = dict(described(pairs_of("t5")))
     assert len(found) == 20
     cross = "decoder.block.1.layer.1."
     assert found[f"{cross}layer_norm"] == [f"{cross}EncDecAttention.q"]
@@ -113,18 +113,18 @@ def test_encoder_and_decoder_are_searched() -> None:
 
 @pytest.mark.parametrize(("name", "rule"), [("gemma", "norm_plus_one"), ("llama", "norm"), ("opt", "norm")])
 def test_the_rule_of_a_norm_is_found_by_trying(name: str, rule: str) -> None:
-    assert {pair.rule for pair in find_pairs(build(name)) if "norm" in pair.producer} == {rule}
+    assert {pair.rule for pair in pairs_of(name) if "norm" in pair.producer} == {rule}
 
 
 def test_each_value_row_feeds_the_heads_that_share_it() -> None:
-    pair = find_pairs(build("llama"))["model.layers.0.self_attn.v_proj"]
+    pair = pairs_of("llama")["model.layers.0.self_attn.v_proj"]
     heads = np.arange(32).reshape(2, 1, 16)
     assert pair.channels == 32
     np.testing.assert_array_equal(pair.consumers[0].channels, np.broadcast_to(heads, (2, 2, 16)).ravel())
 
 
 def test_values_of_grouped_fused_projections_are_the_right_rows() -> None:
-    pair = find_pairs(build("falcon_grouped"))["transformer.h.1.self_attention.query_key_value"]
+    pair = pairs_of("falcon_grouped")["transformer.h.1.self_attention.query_key_value"]
     np.testing.assert_array_equal(pair.rows, [*range(48, 64), *range(112, 128)])
 
 
@@ -142,13 +142,13 @@ def test_values_of_grouped_fused_projections_are_the_right_rows() -> None:
     ],
 )
 def test_what_cannot_be_smoothed_is_named_with_its_reason(name: str, layer: str, reason: str) -> None:
-    skipped = find_pairs(build(name)).skipped
+    skipped = pairs_of(name).skipped
     assert reason in skipped[layer]
 
 
 def test_every_linear_layer_is_either_a_consumer_or_skipped(family: str) -> None:
     model = build(family)
-    pairs = find_pairs(model)
+    pairs = pairs_of(family)
     consumers = {c.module for pair in pairs for c in pair.consumers}
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     assert consumers <= linear
@@ -168,7 +168,7 @@ def test_searching_changes_nothing(family: str) -> None:
 
 def test_half_precision_gives_the_same_pairs() -> None:
     model = build("llama")
-    expected = described(find_pairs(model))
+    expected = described(pairs_of("llama"))
     model.bfloat16()
     assert described(find_pairs(model)) == expected
     assert model.dtype == torch.bfloat16
