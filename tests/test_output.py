@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calib.errors import ArtifactError, UsageError
-from calib.output import output_folder
+from calib.output import output_folder, require_free
 
 
 def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -36,3 +36,55 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="disk is full"), output_folder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_at_the_first_step_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("calib.output.tempfile.mkdtemp", full)
+    with pytest.raises(ArtifactError, match="disk is full"), output_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_file_in_the_way_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(UsageError, match="is a file, not a folder"):
+            require_free(path, overwrite=True)
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "a" / "b") as work:
+        (work / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").is_file()
+
+
+def test_the_old_folder_comes_back_if_it_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if target == out and not (self / "old").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(ArtifactError, match="Input/output error"), output_folder(out, overwrite=True) as work:
+        (work / "new").touch()
+    assert [p.name for p in out.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "models" / "mine"
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    for out in (model, tmp_path / "models", Path("models/mine"), Path("models/../models/mine")):
+        with pytest.raises(UsageError, match=r"would replace .*, which is read"):
+            require_free(out, overwrite=True, reads=[model])
+    require_free(model / "out", overwrite=True, reads=[model])
+    require_free(tmp_path / "models" / "other", overwrite=True, reads=[model, "owner/name"])

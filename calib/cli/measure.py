@@ -37,7 +37,7 @@ def command(model: str, output: Path, **given: Any) -> None:
     --resume measures the rest.
     """
     held = _interrupted(output, given) if given["resume"] else None
-    require_free(output, overwrite=given["overwrite"] or held is not None)
+    require_free(output, overwrite=given["overwrite"] or held is not None, reads=[model])
     follow_protocol(given)
     found = opened(model, given)
     measurement, stopped = measured(found, given, held)

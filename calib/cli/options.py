@@ -126,14 +126,14 @@ def _options(given: dict[str, Any]) -> MeasureOptions:
 def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--batch-size {text}: pass auto or a number of rows, 1 or more")
     return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit()):
+    if not (index.isdecimal() and count.isdecimal()):
         raise UsageError(f"--shard {text}: pass i/n, for example 0/4")
     return int(index), int(count)
 

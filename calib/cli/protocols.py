@@ -51,7 +51,7 @@ def quantize_by_protocol(source: str, output: Path, given: dict[str, Any], *, is
     from calib.protocols.published import published_sanity
     from calib.report.protocols import print_sanity
 
-    require_free(output, overwrite=given["overwrite"])
+    require_free(output, overwrite=given["overwrite"], reads=[source])
     if given["bits"] != 8:
         raise UsageError(f"--bits {given['bits']}: --protocol {given['protocol']} is about 8 bits; leave --bits out")
     calibration: Measurement | None = None

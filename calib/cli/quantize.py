@@ -54,7 +54,7 @@ def command(source: str, output: Path, **given: Any) -> None:
     if given["protocol"] is not None:
         quantize_by_protocol(source, output, given, is_model=not _is_measurement(Path(source)))
         return
-    require_free(output, overwrite=given["overwrite"])
+    require_free(output, overwrite=given["overwrite"], reads=[source])
     Grid(given["bits"], given["symmetric"])
     methods = [name.strip() for name in given["method"].split(",")]
     for name in methods:
