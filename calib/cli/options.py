@@ -127,14 +127,14 @@ def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--batch-size {text}: pass auto or a number of rows, 1 or more")
+        raise UsageError(f"--batch-size {text}: is no number of rows; pass auto, or 1 or more")
     return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
-        raise UsageError(f"--shard {text}: pass i/n, for example 0/4")
+        raise UsageError(f"--shard {text}: is not of the form i/n; pass for example 0/4")
     return int(index), int(count)
 
 

@@ -70,7 +70,7 @@ class Calibration:
         if statistics not in ("full", "ranges"):
             raise UsageError(f"statistics {statistics!r}: unknown; choose full or ranges")
         if sink_positions < 0:
-            raise UsageError(f"sink positions {sink_positions}: must be 0 or more")
+            raise UsageError(f"sink positions {sink_positions}: negative; pass 0 or more")
         self.model = model
         self.ports: list[Port] = find_ports(model)
         self.selection = Selection(sites, ignore)

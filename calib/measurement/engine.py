@@ -228,7 +228,7 @@ def _auto_batch_size(blocks: TokenBlocks, device: torch.device) -> int:
 def _shard(batches: int, shard: tuple[int, int]) -> list[int]:
     index, count = shard
     if count < 1 or not 0 <= index < count:
-        raise UsageError(f"--shard {index}/{count}: pass i/n with 0 <= i < n")
+        raise UsageError(f"--shard {index}/{count}: there is no such shard; pass i/n with 0 <= i < n")
     mine = list(range(index, batches, count))
     if not mine:
         raise GateError(f"--shard {index}/{count}: the plan has only {batches} batches; use fewer shards")
