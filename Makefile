@@ -36,6 +36,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "calib needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	$(PIP) install --quiet -c constraints.txt --no-deps torchdistill
 	touch $@
 
 demo: $(INSTALLED)
@@ -69,6 +70,7 @@ $(MINIMUM)/.installed: setup.cfg constraints.txt constraints-minimum.txt
 	grep -v -i -E "^($$(sed -n 's/==.*//p' constraints-minimum.txt | paste -s -d '|' -))==" constraints.txt > $(MINIMUM)/constraints.txt
 	grep -v '^#' constraints-minimum.txt >> $(MINIMUM)/constraints.txt
 	$(MINIMUM)/bin/python -m pip --disable-pip-version-check install --quiet -c $(MINIMUM)/constraints.txt -e ".[test]"
+	$(MINIMUM)/bin/python -m pip --disable-pip-version-check install --quiet -c $(MINIMUM)/constraints.txt --no-deps torchdistill
 	touch $@
 
 test-minimum: $(MINIMUM)/.installed

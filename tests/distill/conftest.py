@@ -52,6 +52,7 @@ def mixture() -> Mixture:
                 optimiser.zero_grad()
                 nn.functional.cross_entropy(teacher(inputs), labels).backward()
                 optimiser.step()
+        teacher.zero_grad()
     return Mixture(train, validation, teacher.eval())
 
 

@@ -17,7 +17,7 @@ _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 1
 
 
 class VGG(nn.Module):
-    """Five stages of 3 x 3 convolutions; the first three end in a pooling, so that 32 pixels become 4.
+    """Five stages of 3 x 3 convolutions; the second, third and fourth begin with a pooling: 32 pixels become 4.
 
     Args:
         depth: 8, 11, 13, 16 or 19.
@@ -29,11 +29,11 @@ class VGG(nn.Module):
         super().__init__()
         stages: list[nn.Module] = []
         for number, (width, convolutions) in enumerate(zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True)):
-            layers: list[nn.Module] = []
+            layers: list[nn.Module] = [nn.MaxPool2d(2)] if 0 < number < 4 else []
             for _ in range(convolutions):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
                 channels = width
-            stages.append(nn.Sequential(*layers, *([nn.MaxPool2d(2)] if number < 3 else [])))
+            stages.append(nn.Sequential(*layers))
         self.features = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, classes)
