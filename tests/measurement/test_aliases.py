@@ -53,3 +53,34 @@ def test_a_plain_module_is_measured() -> None:
     found = {name: s for s in calibration.sites().values() for name in (s.name, *s.aliases)}
     assert found["0:input"].statistics.range.amax == data.abs().max().item()
     assert "3:input" in found
+
+
+def test_a_projection_that_names_its_norms_output_is_still_a_linear_input() -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = Phi3ForCausalLM(config).eval()
+    with torch.no_grad(), Calibration(model) as calibration:
+        model(IDS)
+    # Phi-3 defines the one projection before the norm that feeds it: no alias says that it is an input
+    name = "model.layers.0.self_attn.qkv_proj:input"
+    site = calibration.sites()[name]
+    assert site.kind == "norm_output"
+    assert site.aliases == {name: "linear_input", "model.layers.0.input_layernorm:output": "norm_output"}
+    assert site.kinds == {"norm_output", "linear_input"}
+
+
+def test_a_tensor_with_one_name_has_no_alias(tiny_llama: Path) -> None:
+    model = opened(tiny_llama)
+    with torch.no_grad(), Calibration(model) as calibration:
+        model(IDS)
+    site = calibration.sites()["model.layers.0.mlp.down_proj:output"]
+    assert (site.kind, site.aliases) == ("mlp_output", {})

@@ -47,6 +47,21 @@ def test_only_what_a_deployment_quantizes_decides_on_the_model(lab: Any) -> None
     assert list(row.errors) == ["layers.0.fc:input"]
 
 
+def test_a_linear_input_counts_whatever_kind_names_it(lab: Any) -> None:
+    x = lab.values("normal", 4096).reshape(4, 16, 64)
+    sites = [
+        lab.site(
+            "qkv:input", x, kind="norm_output", aliases={"qkv:input": "linear_input", "norm:output": "norm_output"}
+        ),
+        lab.site("out:output", x),
+    ]
+    scales = choose_scales(lab.measurement(*sites), bits=8, sites=["linear_input"])
+    assert list(scales.tensors) == ["qkv:input", "out:output"]
+    assert scales.tensors["qkv:input"].shared_with == ["norm:output"]
+    ignored = choose_scales(lab.measurement(*sites), bits=8, ignore=["qkv"])
+    assert ignored.ignore == ["qkv"]
+
+
 def test_a_site_never_reached_is_a_gate_error(lab: Any) -> None:
     empty = lab.site("experts.7.fc:input", np.zeros((0, 4, 8), np.float32))
     with pytest.raises(GateError, match=r"^experts\.7\.fc:input: no value was seen; .*--ignore$"):
