@@ -22,7 +22,7 @@ from calib.sites.structure import Structure
 
 __all__ = ["Scope", "capture_scopes", "example_inputs", "map_tensors", "tensors_in"]
 
-_TOKENS = 48
+_TOKENS = 32
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
