@@ -44,7 +44,9 @@ class SiteRecord(Strict):
     sink_amax: float = Field(description="Largest magnitude at sink positions, the first tokens of a block")
     body_amax: float = Field(description="Largest magnitude at all other positions")
     quantiles_abs: dict[str, float] = Field(description="Quantile of abs(x) -> value; empty with ranges only")
-    aliases: dict[str, str] = Field(description="Names of the same tensor -> kind there; the own name only if of another kind")
+    aliases: dict[str, str] = Field(
+        description="Names of the same tensor -> kind there; its own only if that is another"
+    )
     peaks: list[PeakRecord]
 
 
