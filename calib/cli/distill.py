@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calib.cli.options import model_options, output_options
+from calib.errors import UsageError
+
+if TYPE_CHECKING:
+    from calib.schema.distill import DistillRecipe
 
 __all__ = ["command"]
 
@@ -60,3 +65,52 @@ def cmi(
     loader = classifier.loader(classifier.dataset(records), batch_size=batch_size)
     found = measure_information(classifier.model, loader, task=classifier.task, temperatures=temperatures)
     print_information(model, f"{data} ({split})", [one.summary() for one in found], as_json=given["as_json"])
+
+
+@command.command("run")
+@click.option("-c", "--config", required=True, type=click.Path(path_type=Path), help="Recipe (YAML).")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@output_options
+def run(config: Path, output: Path, device: str, *, overwrite: bool, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Train or open a teacher, fine-tune it to MCMI beside its control, train students, and compare.
+
+    Writes report.json, the teachers of the first seed and, for images, a picture of where they look.
+    """
+    from calib.distill.run import run_recipe
+    from calib.output import output_folder, require_free
+    from calib.report.distill import print_report
+    from calib.report.terminal import print_json
+
+    recipe = _recipe(config)
+    require_free(output, overwrite=overwrite)
+
+    def progress(line: str) -> None:
+        if not quiet and not as_json and (verbose or " epoch " not in line):
+            click.echo(line, err=True)
+
+    with output_folder(output, overwrite=overwrite) as folder:
+        report = run_recipe(recipe, folder, device=device, progress=progress)
+    if as_json:
+        print_json(output / "report.json")
+    elif not quiet:
+        print_report(report)
+        click.echo(f"written: {output / 'report.json'}")
+
+
+def _recipe(path: Path) -> DistillRecipe:
+    import yaml
+    from pydantic import ValidationError
+
+    from calib.schema.distill import DistillRecipe
+
+    try:
+        return DistillRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); pass a recipe, see recipes/distill/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is no YAML ({' '.join(str(error).split())}); see recipes/distill/") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"{path}: {where}: {first['msg']}; see recipes/distill/ for examples") from error

@@ -7,20 +7,25 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from calib.schema.provenance import Strict
+from calib.schema.provenance import Producer, Strict
 from calib.schema.recipe import RecipeMetadata
 
 __all__ = [
     "DataRecipe",
     "DistillRecipe",
+    "DistillReport",
     "FrameworkRecipe",
     "ImageInput",
     "McmiRecipe",
+    "ModelRecipe",
     "NetworkFile",
     "OptimiserRecipe",
+    "PairedGain",
     "ProtocolRecipe",
     "StudentRecipe",
+    "StudentRow",
     "TeacherRecipe",
+    "TeacherRow",
     "TrainingRecipe",
 ]
 
@@ -76,18 +81,26 @@ class DataRecipe(Strict):
     max_length: int = Field(default=128, ge=1, description="Tokens of a text")
 
 
-class TeacherRecipe(Strict):
-    """A network trained here, or a checkpoint."""
+class ModelRecipe(Strict):
+    """Where a model comes from: exactly one of network, encoder and model."""
 
-    network: str | None = Field(default=None, description="Name of a built-in network, trained by log-likelihood")
+    network: str | None = Field(default=None, description="Built-in image network with fresh weights, trained here")
+    encoder: str | None = Field(default=None, description="Text encoder that gets a fresh head, trained here")
+    layers: int | None = Field(default=None, ge=1, description="Of an encoder, keep the first so many layers")
     model: str | None = Field(default=None, description="Hub id or folder of a trained classifier")
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
 
     @model_validator(mode="after")
-    def _one_source(self) -> TeacherRecipe:
-        if (self.network is None) == (self.model is None):
-            raise ValueError("teacher needs either network or model")
+    def _one_source(self) -> ModelRecipe:
+        if sum(source is not None for source in (self.network, self.encoder, self.model)) != 1:
+            raise ValueError("exactly one of network, encoder and model is needed")
+        if self.layers is not None and self.encoder is None:
+            raise ValueError("layers belongs to an encoder")
         return self
+
+
+class TeacherRecipe(ModelRecipe):
+    """A model trained here by log-likelihood, or a checkpoint taken as it is."""
 
 
 class McmiRecipe(Strict):
@@ -119,19 +132,10 @@ class FrameworkRecipe(Strict):
     temperature: float = Field(default=4.0, gt=0)
 
 
-class StudentRecipe(Strict):
-    """A network trained here, or a checkpoint to start from."""
+class StudentRecipe(ModelRecipe):
+    """A model to start from and the frameworks to train it by; `ce`, no teacher, is always among them."""
 
-    network: str | None = None
-    model: str | None = None
-    training: TrainingRecipe = Field(default_factory=TrainingRecipe)
     frameworks: list[FrameworkRecipe] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StudentRecipe:
-        if (self.network is None) == (self.model is None):
-            raise ValueError("student needs either network or model")
-        return self
 
 
 class ProtocolRecipe(Strict):
@@ -143,7 +147,7 @@ class ProtocolRecipe(Strict):
 
     @model_validator(mode="after")
     def _zero_shot_leaves_something_out(self) -> ProtocolRecipe:
-        if self.kind == "zero-shot" and not all(self.omitted or [[]]):
+        if self.kind == "zero-shot" and not (self.omitted and all(self.omitted)):
             raise ValueError("zero-shot needs omitted: one or more sets of classes")
         if any(not 0 < share <= 1 for share in self.shares):
             raise ValueError("shares must lie in (0, 1]")
@@ -162,3 +166,62 @@ class DistillRecipe(Strict):
     protocol: ProtocolRecipe = Field(default_factory=ProtocolRecipe)
     temperatures: list[float] = Field(default=[1.0], min_length=1, description="CMI of the teachers at each")
     seeds: list[int] = Field(default=[0], min_length=1)
+
+
+class TeacherRow(Strict):
+    """One teacher of one seed: mll (as trained), control (fine-tuned with lambda = 0), mcmi."""
+
+    seed: int
+    teacher: Literal["mll", "control", "mcmi"]
+    strength: float | None = Field(description="lambda of the fine-tuning; None for mll")
+    train: dict[str, float | int | bool | None] = Field(description="Information over the training data")
+    validation: dict[str, float | int | bool | None]
+    test: dict[str, float | int | bool | None]
+    temperatures: list[dict[str, float | None]] = Field(description="CMI over the training data at each temperature")
+    stopped: str | None = None
+
+
+class StudentRow(Strict):
+    """One student. Accuracy is that after the last step; no epoch is chosen."""
+
+    seed: int
+    teacher: Literal["none", "mll", "control", "mcmi"]
+    framework: str
+    condition: str = Field(description="full, a share, or the classes left out")
+    samples: int
+    samples_per_class: int
+    steps: int
+    accuracy: float = Field(description="Over all test samples")
+    omitted_recall: float | None = None
+    kept_accuracy: float | None = None
+    confusion: list[list[int]] | None = None
+
+
+class PairedGain(Strict):
+    """Accuracy (zero-shot: recall of the omitted classes) of students of the MCMI teacher minus that of another's."""
+
+    framework: str
+    condition: str
+    against: Literal["mll", "control", "none"]
+    mean: float
+    standard_error: float | None = Field(description="Of the paired mean over seeds; None with one seed")
+    wins: int
+    seeds: int
+
+
+class DistillReport(Strict):
+    """`report.json` of `calib distill run`."""
+
+    format: Literal["calib.distillation"] = "calib.distillation"
+    version: Literal["1.0"] = "1.0"
+    producer: Producer
+    recipe: DistillRecipe
+    versions: dict[str, str]
+    data: dict[str, int | str]
+    teachers: list[TeacherRow]
+    students: list[StudentRow]
+    gains: list[PairedGain]
+    covered_area: dict[str, float] | None = Field(
+        default=None, description="Eigen-CAM of the first seed's teachers: mean share of pixels above half the maximum"
+    )
+    warnings: list[str]

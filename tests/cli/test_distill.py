@@ -71,3 +71,55 @@ def test_cmi_of_something_that_is_no_classifier_is_one_line(
     assert "its task is fill-mask" in capsys.readouterr().err
     assert run("distill", "cmi", vectors / "mlp", "-d", vectors / "none") == 1
     assert "no such file" in capsys.readouterr().err
+
+
+RECIPE = """
+metadata: {{title: t, description: d}}
+task: image-classification
+data: {{source: {source}, image: {{size: 1, channels: 5}}}}
+teacher: {{network: mlp16, training: {{epochs: 1, batch_size: 8}}}}
+mcmi: {{epochs: 1}}
+student: {{network: mlp16, training: {{epochs: 1, batch_size: 8}}, frameworks: [{{name: kd}}]}}
+"""
+
+
+def test_run_writes_a_report_and_prints_it(vectors: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (vectors / "recipe.yaml").write_text(RECIPE.format(source=vectors))
+    arguments = ("distill", "run", "-c", vectors / "recipe.yaml", "-o", vectors / "out", "--device", "cpu")
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "kd of mcmi" in printed
+    assert "MCMI against control" in printed
+    assert {path.name for path in (vectors / "out").iterdir()} == {
+        "report.json",
+        "teacher-mll",
+        "teacher-control",
+        "teacher-mcmi",
+    }
+    assert run(*arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "calib.distillation"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("extra: 1", "extra"),
+        ("mcmi: {strengths: [-0.5]}", "between 0 and 1"),
+        ("student: {network: mlp16, model: x, frameworks: [{name: kd}]}", "exactly one"),
+        ("protocol: {kind: zero-shot}", "needs omitted"),
+        ("a: [", "no YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_named_with_its_field(
+    vectors: Path, capsys: pytest.CaptureFixture[str], change: str, words: str
+) -> None:
+    key = change.partition(":")[0]
+    lines = [line for line in RECIPE.format(source=vectors).splitlines() if not line.startswith(f"{key}:")]
+    (vectors / "wrong.yaml").write_text("\n".join([*lines, change]))
+    assert run("distill", "run", "-c", vectors / "wrong.yaml", "-o", vectors / "out") == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert "wrong.yaml" in printed
+    assert not (vectors / "out").exists()

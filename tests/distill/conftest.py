@@ -71,3 +71,16 @@ def text_classifier(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -
         BertForSequenceClassification(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm_like(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a BertModel without a head, 2 layers, untrained."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig.from_pretrained(tiny_bert), add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return folder

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to data, classifiers and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from calib.distill.classifier import Classifier, open_classifier
+from calib.distill.data import Records, read_records, split_off, stratified_share
+from calib.distill.encoder import EncoderClassifier, shortened
+from calib.distill.networks import make_network
+from calib.distill.optimiser import OptimiserSettings
+from calib.distill.task import ClassificationTask
+from calib.errors import UsageError
+from calib.schema.distill import DistillRecipe, ModelRecipe, OptimiserRecipe
+
+__all__ = ["RecipeData", "make_classifier", "optimiser_settings", "read_data"]
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """Training, validation and test records without a sample in common, by the seed of the recipe's first run."""
+
+    train: Records
+    validation: Records
+    test: Records
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.train.class_names)
+
+
+def read_data(recipe: DistillRecipe) -> RecipeData:
+    """Reads and splits the data of a recipe.
+
+    Raises:
+        CorpusError: see `read_records`.
+        UsageError: training and test data name other classes.
+    """
+    data = recipe.data
+    train, test = read_records(data.source, data.train_split), read_records(data.source, data.test_split)
+    if train.class_names != test.class_names:
+        if not set(test.class_names) <= set(train.class_names):
+            raise UsageError(f"{data.source}: the test data have classes that the training data lack; check the splits")
+        test = test.renamed({name: number for number, name in enumerate(train.class_names)})
+    if data.limit is not None and data.limit < len(train):
+        train = train.select(stratified_share(train.labels, data.limit / len(train)))
+    parts = split_off(train, data.validation_share)
+    return RecipeData(parts.train, parts.validation, test)
+
+
+def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, seed: int, device: str) -> Classifier:
+    """A classifier with the classes of the data: fresh weights by seed, or a checkpoint.
+
+    Raises:
+        UsageError: kind of model and task do not fit, or a checkpoint has other classes.
+    """
+    text = recipe.task == "text-classification"
+    if text and source.network is not None:
+        raise UsageError(f"network {source.network}: is for images; name an encoder or a model for texts")
+    if not text and source.encoder is not None:
+        raise UsageError(f"encoder {source.encoder}: is for texts; name a network or a model for images")
+    names = {name: number for number, name in enumerate(data.train.class_names)}
+    found: Classifier
+    if source.model is not None:
+        found = open_classifier(source.model, device=device)
+        if found.classes != data.classes:
+            raise UsageError(
+                f"{source.model}: has {found.classes} outputs for {data.classes} classes; pass another model"
+            )
+        if (found.kind == "text") != text:
+            raise UsageError(f"{source.model}: is a {found.kind} classifier, the task is {recipe.task}")
+        # all models of a run share one order of labels, the data's
+        if found.label_ids and data.train.renamed(found.label_ids).labels != data.train.labels:
+            raise UsageError(
+                f"{source.model}: orders its classes otherwise than {recipe.data.source}; rename the labels"
+            )
+        found = replace(found, label_ids=None)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = _encoder(source, data, device) if text else _network(source, recipe, data, device)
+    return replace(found, label_ids=names, max_length=recipe.data.max_length)
+
+
+def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
+    image = recipe.data.image
+    model = make_network(str(source.network), data.classes, channels=image.channels, size=image.size or 1)
+    return Classifier(
+        model=model.to(_device(device)),
+        kind="image",
+        classes=data.classes,
+        name=str(source.network),
+        task=ClassificationTask(),
+        image=image,
+    )
+
+
+def _encoder(source: ModelRecipe, data: RecipeData, device: str) -> Classifier:
+    from calib.models import open_model
+
+    found = open_model(str(source.encoder), task="feature-extraction", device=device, dtype="float32")
+    encoder = found.model if source.layers is None else shortened(found.model, source.layers)
+    model = EncoderClassifier(encoder, data.classes)
+    return Classifier(
+        model=model.to(_device(device)),
+        kind="text",
+        classes=data.classes,
+        name=str(source.encoder),
+        task=ClassificationTask(),
+        tokenizer=found.tokenizer,
+    )
+
+
+def optimiser_settings(recipe: OptimiserRecipe) -> OptimiserSettings:
+    """The settings that a recipe names."""
+    return OptimiserSettings(**recipe.model_dump())
+
+
+def _device(device: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
