@@ -75,7 +75,7 @@ class _Watch:
         return see
 
     def flush(self) -> None:
-        """Reads what a forward pass left on the device, in one transfer, and adds it; a pass that broke off is dropped."""
+        """Reads what a forward pass left on the device, in one transfer, and adds it unless the pass broke off."""
         held = self.calibration.token_ratios
         broke_off = self.calibration.failed_forwards > self.failed
         self.failed = self.calibration.failed_forwards

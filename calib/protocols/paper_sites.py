@@ -68,7 +68,8 @@ class PaperSite:
 def paper_sites(measurement: Measurement) -> dict[PaperSite, list[Site]]:
     """The sites of a measurement by published name, in the order of a forward pass.
 
-    Several sites share a name where one module is called several times: hooks on it cannot tell the calls apart.
+    Several sites share a name where one module is called several times, for hooks on it cannot tell the calls apart,
+    and where a block has two attentions, of which cross-attention is in no model of the paper.
     The longest stack of blocks has the plain names; of equally long ones the last, the decoder.
     """
     found = [(*names, site) for site in measurement.sites.values() for names in _names(site)]
