@@ -105,7 +105,7 @@ def compensated(
 
     Args:
         plan: holds the schemes.
-        model: holds the weights.
+        model: holds the weights; not inside of a `QuantizedModel`, which holds rounded ones.
         hessians: of modules in the plan.
         options: of `gptq`.
 

@@ -158,7 +158,8 @@ class QuantizedModel:
         previous = module.__dict__.get("forward")
         in_float = module.forward
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+            (x,) = [*args, *kwargs.values()]
             self._fired.add(name)
             quantizer = self._place(self._next(f"{name}:input", quantizers), x.device)
             assert isinstance(quantizer, IntegerQuantizer)

@@ -29,8 +29,9 @@ class QuantizationPlan:
         attention: attention module -> ``query``, ``key`` or ``value`` as attention gets them, after rotary embedding.
             Keys and values of earlier tokens come out of the cache in float and are rounded again in each call.
         skip_positions: the first n tokens of a row stay in float, in inputs, outputs, queries, keys and values of
-            layout ``[rows, tokens, channels]`` or ``[rows, heads, tokens, dim]``. Counted from the first token that is
-            in the cache, so that later steps of a generation skip nothing more. Other layouts are rounded everywhere.
+            layout ``[rows, tokens, channels]``, ``[rows * tokens, channels]`` or ``[rows, heads, tokens, dim]``.
+            Counted from the first token that is in the cache, so that later steps of a generation skip nothing more.
+            Other layouts are rounded everywhere.
         left_out: what stays in float -> the reason.
     """
 
@@ -44,6 +45,10 @@ class QuantizationPlan:
     def __post_init__(self) -> None:
         if self.skip_positions < 0:
             raise UsageError(f"skip positions {self.skip_positions}: must be 0 or more")
+        for name, parts in self.attention.items():
+            for part in parts:
+                if part not in ("query", "key", "value"):
+                    raise UsageError(f"{name}:{part}: no part of attention; choose query, key or value")
 
     def without(self, modules: Mapping[str, str]) -> Self:
         """The plan with some modules wholly left in float.

@@ -17,6 +17,7 @@ from calib.models import open_model
 from calib.quantized import IntegerGrid, QuantizationPlan, QuantizedModel, WeightScheme, plan_from_scales
 from calib.quantized.int8 import Int8Input, int8_matmul
 from calib.quantized.quantizers import DynamicQuantizer, Float8Quantizer, IntegerQuantizer, StaticQuantizer
+from calib.quantized.rounding import round_to_nearest
 from calib.scales import choose_scales
 
 GRID = IntegerGrid.of(8)
@@ -133,6 +134,21 @@ def test_first_positions_in_float_meet_the_same_weights(tiny_llama: Path) -> Non
             exact = model(input_ids=ids).logits
     torch.testing.assert_close(exact[:, :2], fake[:, :2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(exact, fake, rtol=0.02, atol=0.02 * float(fake.abs().max()))
+
+
+def test_weights_rounded_before_are_multiplied_as_they_are() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 8), random(5, 16)
+    codes = round_to_nearest(layer.weight.detach(), WeightScheme(IntegerGrid.of(4)))
+    groups = round_to_nearest(layer.weight.detach(), WeightScheme(IntegerGrid.of(4), "per-group", 8))
+    plan = QuantizationPlan(inputs={"": DynamicQuantizer(GRID)}, weights={"": codes})
+    with torch.no_grad():
+        with QuantizedModel(layer, plan):
+            fake = layer(x)
+        with QuantizedModel(layer, plan, mode="int8") as quantized:
+            torch.testing.assert_close(layer(x), fake)
+        assert quantized.not_int8 == {}
+    assert "per group" in QuantizedModel(layer, plan.with_weights({"": groups}), mode="int8").not_int8[""]
 
 
 def test_what_cannot_be_computed_in_int8_is_named_and_stays_fake() -> None:
