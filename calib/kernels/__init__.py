@@ -37,7 +37,7 @@ class Kernel(Protocol):
     def name(self) -> str:
         """What files record."""
 
-    def accumulator(self) -> Accumulator:
+    def accumulator(self, channels: int) -> Accumulator:
         """A new, empty accumulator for one site."""
 
     def close(self) -> None:

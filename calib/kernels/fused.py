@@ -23,7 +23,7 @@ from calib.statistics.channels import ChannelStatistics
 from calib.statistics.documents import DocumentMaxima
 from calib.statistics.fault import Fault
 from calib.statistics.histogram import BINS, FloatHistogram
-from calib.statistics.observation import GROUPS
+from calib.statistics.observation import GROUPS, Observation
 from calib.statistics.peaks import PEAKS, PeakList
 from calib.statistics.range import Range
 from calib.statistics.site import SiteStatistics
@@ -51,15 +51,17 @@ class FusedKernel:
         self._dense = [np.zeros((GROUPS, BINS), np.int32) for _ in range(self.threads)] if full else []
         self._scratch: dict[str, NDArray[Any]] = {}
         self.arena, self.pool = Arena(), PagePool()
+        # machine code is loaded, or compiled, now: what stays of that must not lie between activations
+        self.accumulator(1).update(torch.zeros(1, 1, 1), RowPlan.of(Observation.of_shape(1, 1)))
 
     @property
     def name(self) -> str:
         """What files record."""
         return "fused"
 
-    def accumulator(self) -> FusedAccumulator:
+    def accumulator(self, channels: int) -> FusedAccumulator:
         """A new, empty accumulator for one site."""
-        return FusedAccumulator(self)
+        return FusedAccumulator(self, channels)
 
     def close(self) -> None:
         """Ends the threads; they start again when needed."""
@@ -94,7 +96,7 @@ class FusedKernel:
 class FusedAccumulator:
     """What one site keeps between batches. `update` is one kernel call; `result` is the statistics so far."""
 
-    def __init__(self, kernel: FusedKernel) -> None:
+    def __init__(self, kernel: FusedKernel, channels: int) -> None:
         self._kernel = kernel
         zeros = kernel.arena.zeros
         self._low, self._high = zeros((GROUPS,), np.float32), zeros((GROUPS,), np.float32)
@@ -103,12 +105,15 @@ class FusedAccumulator:
         self._total, self._energy = [0] * GROUPS, [0] * GROUPS
         self._fault = Fault()
         self._documents = _DocumentRows(kernel.arena)
-        self._channels: tuple[NDArray[Any], ...] | None = None
+        self._channels: tuple[NDArray[Any], ...] = ()
         if kernel.full:
             self._tables = zeros((2, GROUPS, _PAGES), np.int32)  # of values, and of token maxima
             self._tables[:] = -1
             self._peak_bits = zeros((PEAKS,), np.uint32)
             self._peak_place = zeros((PEAKS, 4), np.int64)
+            dtypes = (np.float32, np.float32, np.int64, np.int64)  # minimum, maximum, energy high and low
+            self._channels = tuple(zeros((GROUPS, channels), dtype) for dtype in dtypes)
+            self._channels[0][:], self._channels[1][:] = np.inf, -np.inf
         self._peaks = 0
 
     def update(self, values: torch.Tensor, plan: RowPlan) -> None:
@@ -170,10 +175,6 @@ class FusedAccumulator:
         segments = plan.segment_block.size
         segment_total, segment_energy = np.empty(segments), np.empty(segments)
         amax = np.empty(segments, np.float32)
-        if self._channels is None:
-            dtypes = (np.float32, np.float32, np.int64, np.int64)  # minimum, maximum, energy high and low
-            self._channels = tuple(kernel.arena.zeros((GROUPS, channels), dtype) for dtype in dtypes)
-            self._channels[0][:], self._channels[1][:] = np.inf, -np.inf
         loops.fold_units(
             plan.segment_group, plan.segment_units, total, energy, low, high, *self._channels,
             segment_total, segment_energy, amax,
@@ -219,7 +220,7 @@ class FusedAccumulator:
         zero = np.float32(0)  # adding it turns -0 into +0
         low, high = self._low + zero, self._high + zero
         channels = None
-        if self._channels is not None:
+        if self._channels:
             minimum, maximum, energy_high, energy_low = self._channels
             channels = ChannelStatistics(
                 minimum + zero, maximum + zero, FixedPoint(energy_high.copy(), energy_low.copy())

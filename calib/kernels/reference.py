@@ -49,7 +49,7 @@ class TorchKernel:
         """What files record."""
         return "torch"
 
-    def accumulator(self) -> TorchAccumulator:
+    def accumulator(self, channels: int) -> TorchAccumulator:
         """A new, empty accumulator for one site."""
         return TorchAccumulator(full=self.full)
 

@@ -303,7 +303,7 @@ class Calibration:
             # patterns see names without the call
             names = [n.partition("#")[0] for n in (name, *aliases)]
             if self.selection.keeps(names, kind, aliases.values()):
-                group.accumulator = group.accumulator or self._kernel.accumulator()
+                group.accumulator = group.accumulator or self._kernel.accumulator(group.channels)
                 self._groups.append(group)
                 self._routes[group.members[0]] = group
                 self._measuring.add(group.members[0][0])
@@ -356,7 +356,7 @@ class Calibration:
             group, new = self._tracer.find((number, call), tensor, view)
             if not new or self._probing:
                 return
-            group.accumulator = self._kernel.accumulator()
+            group.accumulator = self._kernel.accumulator(group.channels)
         else:
             known = self._routes.get((number, call))
             if known is None:
@@ -380,7 +380,7 @@ class Calibration:
         if self.selection.keeps([port.name], port.kind):
             group = Group(
                 [(number, call)],
-                self._kernel.accumulator(),
+                self._kernel.accumulator(view.shape[-1]),
                 str(tensor.dtype).removeprefix("torch."),
                 view.shape[-1],
             )

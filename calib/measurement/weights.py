@@ -28,7 +28,7 @@ def measure_weights(model: nn.Module, *, kernel: str = "auto", threads: int = 1)
 
 def _measured(weight: Weight, kernel: Kernel) -> WeightSite:
     matrix = weight.matrix.float()
-    accumulator = kernel.accumulator()
+    accumulator = kernel.accumulator(matrix.shape[1])
     # rows of the matrix in the place of tokens, so that channels are input columns
     accumulator.update(matrix.unsqueeze(0), RowPlan.of(Observation.of_shape(1, matrix.shape[0])))
     result = accumulator.result()

@@ -31,7 +31,7 @@ def batch(seed: int, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[t
 
 def check(name: str, threads: int, full: bool, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     kernel = make_kernel(name, device=device, full=full, threads=threads)
-    accumulator, expected = kernel.accumulator(), None
+    accumulator, expected = kernel.accumulator(shape[2]), None
     for seed in range(2):
         values, context = batch(seed, shape, dtype)
         accumulator.update(values.to(device), RowPlan.of(context))
@@ -73,7 +73,7 @@ def test_energies_beyond_the_fixed_point_saturate_alike(name: str, magnitude: fl
     values = torch.full((blocks, 6, 2), magnitude)
     values[..., 1] = 1.0
     context = Observation.of_shape(blocks, 6)
-    accumulator = make_kernel(name).accumulator()
+    accumulator = make_kernel(name).accumulator(2)
     for _ in range(2):
         accumulator.update(values, RowPlan.of(context))
     one = SiteStatistics.observe(values.numpy(), context)
