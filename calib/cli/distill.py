@@ -12,6 +12,7 @@ from calib.cli.options import model_options, output_options
 from calib.errors import UsageError
 
 if TYPE_CHECKING:
+    from calib.models import OpenedModel
     from calib.schema.distill import DistillRecipe
 
 __all__ = ["command"]
@@ -31,6 +32,7 @@ def command() -> None:
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-length", default=128, show_default=True, help="Tokens of a text.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of samples.")
+@click.option("--row-memory", default=1000, show_default=True, help="MB for centroids of a language model.")
 @model_options
 @output_options
 def cmi(
@@ -42,29 +44,68 @@ def cmi(
     batch_size: int,
     max_length: int,
     seed: int,
+    row_memory: int,
     **given: Any,
 ) -> None:
     """Print CMI, separation, NCMI, log-likelihood, accuracy and ECE of a classifier over a data set.
 
     DATA is a folder with one folder of images per class, a folder of IDX files as MNIST's, a folder with SPLIT.jsonl,
     .csv, .tsv or .parquet (fields text and label) or SPLIT.safetensors (inputs and labels), one such file, or a hub
-    data set.
+    data set. For a causal language model DATA is text as for `calib measure`, the class of a position is its next
+    token, rare tokens share centroids, and the CMI is an upper bound.
     """
     from dataclasses import replace
 
-    from calib.distill.classifier import open_classifier
+    from calib.distill.classifier import classifier_of, is_network, load_network
     from calib.distill.cmi import measure_information
     from calib.distill.data import read_records, stratified_share
+    from calib.models import open_model
     from calib.report.distill import print_information
 
+    if is_network(model):
+        classifier = load_network(Path(model), given["device"])
+    else:
+        names = ("revision", "task", "dtype", "device", "trust_remote_code")
+        opened = open_model(model, **{name: given[name] for name in names})
+        if opened.task == "text-generation":
+            _language_cmi(opened, model, data, samples, temperatures, batch_size, max_length, seed, row_memory, given)
+            return
+        classifier = classifier_of(opened, model)
     records = read_records(data, split)
     if samples is not None and samples < len(records):
         records = records.select(stratified_share(records.labels, samples / len(records), seed))
-    names = ("revision", "task", "dtype", "device", "trust_remote_code")
-    classifier = replace(open_classifier(model, **{name: given[name] for name in names}), max_length=max_length)
+    classifier = replace(classifier, max_length=max_length)
     loader = classifier.loader(classifier.dataset(records), batch_size=batch_size)
     found = measure_information(classifier.model, loader, task=classifier.task, temperatures=temperatures)
     print_information(model, f"{data} ({split})", [one.summary() for one in found], as_json=given["as_json"])
+
+
+def _language_cmi(
+    opened: OpenedModel,
+    model: str,
+    data: str,
+    samples: int | None,
+    temperatures: tuple[float, ...],
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    row_memory: int,
+    given: dict[str, Any],
+) -> None:
+    from calib.corpus import build_blocks
+    from calib.distill.language import language_information
+    from calib.report.distill import print_information
+
+    blocks = build_blocks([data], opened.tokenizer, samples=samples or 128, max_length=max_length, seed=seed)
+    found, grouping = language_information(
+        opened.model, blocks, batch_size=batch_size, temperatures=temperatures, memory_bytes=row_memory * 1_000_000
+    )
+    print_information(model, data, [one.summary() for one in found], as_json=given["as_json"])
+    if not given["as_json"]:
+        click.echo(
+            f"{grouping.rows} centroid rows, at most {grouping.memory_bytes / 1e6:.0f} MB; "
+            f"{grouping.own_share:.1%} of the positions have a row of their own, so CMI is an upper bound"
+        )
 
 
 @command.command("run")

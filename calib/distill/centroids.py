@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from calib.distill.grouping import RowGrouping
 from calib.distill.information import ClassInformation
 from calib.distill.mcmi import floored
 from calib.errors import UsageError
@@ -36,9 +37,10 @@ class MovingCentroids:
         assert self._floored is not None, "set() comes first"
         return self._floored
 
-    def set(self, information: ClassInformation, device: torch.device) -> None:
-        """Takes the class means of a full pass."""
-        self._keep(information.centroids().to(device))
+    def set(self, information: ClassInformation, device: torch.device, grouping: RowGrouping | None = None) -> None:
+        """Takes the class means of a full pass; of shared rows, leaning on the mean of all."""
+        rows = information.centroids() if grouping is None else grouping.shrunk(information)
+        self._keep(rows.to(device))
 
     @torch.no_grad()
     def move(self, logits: Tensor, labels: Tensor) -> None:

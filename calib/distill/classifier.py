@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -22,7 +22,10 @@ from calib.distill.task import ClassificationTask, Task
 from calib.errors import ArtifactError, UsageError
 from calib.schema.distill import ImageInput, NetworkFile
 
-__all__ = ["Classifier", "load_network", "open_classifier", "save_network"]
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
+
+__all__ = ["Classifier", "classifier_of", "is_network", "load_network", "open_classifier", "save_network"]
 
 _FILE = "classifier.json"
 _WEIGHTS = "model.safetensors"
@@ -67,6 +70,11 @@ class Classifier:
         return replace(self, model=model, name=name or self.name)
 
 
+def is_network(reference: str) -> bool:
+    """Whether a folder was written by `save_network`."""
+    return (Path(reference) / _FILE).is_file()
+
+
 def open_classifier(reference: str, **options: Any) -> Classifier:
     """Opens a folder of `save_network`, or whatever `calib.models.open_model` opens as a classifier.
 
@@ -79,11 +87,23 @@ def open_classifier(reference: str, **options: Any) -> Classifier:
         ArtifactError: a folder of ours is damaged.
         ModelError: see `open_model`.
     """
-    if (Path(reference) / _FILE).is_file():
+    if is_network(reference):
         return load_network(Path(reference), device=str(options.get("device", "auto")))
     from calib.models import open_model
 
-    found = open_model(reference, **options)
+    return classifier_of(open_model(reference, **options), reference)
+
+
+def classifier_of(found: OpenedModel, reference: str) -> Classifier:
+    """A model that is open already.
+
+    Args:
+        found: of any task.
+        reference: how errors call it.
+
+    Raises:
+        UsageError: it is no image or text classifier with 2 or more classes.
+    """
     config: Any = found.model.config
     if found.task not in ("text-classification", "image-classification"):
         raise UsageError(

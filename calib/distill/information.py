@@ -170,7 +170,8 @@ class ClassInformation:
     def centroids(self) -> Tensor:
         """Q, float64 `[rows, C]`: the mean output of each class; uniform for a class without samples."""
         mean = self.sums / self.counts.clamp(min=1)[:, None]
-        return torch.where(self.counts[:, None] > 0, mean, torch.full_like(mean, 1 / self.classes))
+        mean[self.counts == 0] = 1 / self.classes
+        return mean
 
     def divergence_from(self, rows: Tensor) -> float:
         """E D(P_X ‖ rows[Y]) in nats for any rows `[rows, C]` that are positive where the outputs are."""

@@ -40,7 +40,7 @@ def check_strength(strength: float) -> float:
 
 def floored(rows: Tensor, floor: float = ROW_FLOOR) -> Tensor:
     """Centroid rows in float32 that are safe inside a logarithm."""
-    return rows.clamp(min=floor).float()
+    return rows.float().clamp(min=floor)
 
 
 def mcmi_loss(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calib.distill.centroids import MovingCentroids
 from calib.distill.cmi import evaluating, measure_information
+from calib.distill.grouping import RowGrouping
 from calib.distill.guard import CollapseGuard, GuardLimits
 from calib.distill.information import ClassInformation, InformationSummary
 from calib.distill.mcmi import check_strength, mcmi_loss
@@ -80,6 +81,7 @@ def fine_tune(
     task: Task | None = None,
     validation: Iterable[Any] | None = None,
     balanced: Iterable[Any] | None = None,
+    grouping: RowGrouping | None = None,
     progress: Progress | None = None,
 ) -> TeacherRun:
     """Fine-tunes `model` in place towards max LL + lambda CMI.
@@ -94,6 +96,7 @@ def fine_tune(
         task: how to read a batch; one label per sample if absent.
         validation: held-out loader, only reported.
         balanced: loader with `ClassBalancedBatches` for `refresh="ema"`.
+        grouping: rows that labels share, for language models.
         progress: called with one line per epoch.
 
     Raises:
@@ -104,9 +107,13 @@ def fine_tune(
     check_strength(settings.strength)
     if settings.refresh == "ema" and balanced is None:
         raise UsageError("refresh ema: needs a loader of class-balanced batches; pass balanced= or refresh='epoch'")
+    if settings.refresh == "ema" and grouping is not None:
+        raise UsageError("refresh ema: follows single classes, not shared rows; use refresh='epoch'")
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return _Tuning(model, train, settings, reader, balanced).run(validation, progress or (lambda line: None))
+        return _Tuning(model, train, settings, reader, balanced, grouping).run(
+            validation, progress or (lambda line: None)
+        )
 
 
 def fine_tune_with_control(
@@ -152,18 +159,21 @@ class _Tuning:
         settings: TeacherSettings,
         task: Task,
         balanced: Iterable[Any] | None,
+        grouping: RowGrouping | None,
     ) -> None:
         self.model, self.train, self.settings, self.task = model, train, settings, task
         self.centroids = MovingCentroids(settings.ema_momentum)
         self.balanced = None if balanced is None or settings.refresh != "ema" else _endless(balanced)
         self.steps = 0
+        self.grouping = grouping
+        self.row_of_label = None if grouping is None else grouping.row_of_label.to(_device(model))
 
     def run(self, validation: Iterable[Any] | None, progress: Progress) -> TeacherRun:
         settings, model = self.settings, self.model
         held_out_before = self._summary(validation)
         information = self._pass()
         before = information.summary()
-        self.centroids.set(information, _device(model))
+        self._refresh(information)
         guard = CollapseGuard(before, settings.guard)
         optimiser, schedule = make_optimiser(model.parameters(), settings.optimiser, settings.epochs)
         healthy, history, stopped = _copy(model), [before], None
@@ -180,7 +190,7 @@ class _Tuning:
             history.append(information.summary())
             healthy = _copy(model)
             if settings.refresh != "never":
-                self.centroids.set(information, _device(model))
+                self._refresh(information)
             schedule.step()
             progress(
                 f"lambda {settings.strength} epoch {epoch + 1}/{settings.epochs}: CMI {history[-1].cmi:.4f} "
@@ -200,7 +210,13 @@ class _Tuning:
         self.model.train()
         for batch in self.train:
             decisions = self.task.decide(self.model, batch)
-            terms = mcmi_loss(decisions.logits, decisions.labels, self.centroids.rows, self.settings.strength)
+            terms = mcmi_loss(
+                decisions.logits,
+                decisions.labels,
+                self.centroids.rows,
+                self.settings.strength,
+                row_of_label=self.row_of_label,
+            )
             reason = guard.step(float(terms.loss.detach()), float(terms.divergence.detach()))
             if reason is not None:
                 return reason
@@ -215,11 +231,18 @@ class _Tuning:
                 self.centroids.move(decisions.logits, decisions.labels)
         return None
 
+    def _refresh(self, information: ClassInformation) -> None:
+        self.centroids.set(information, _device(self.model), self.grouping)
+
     def _pass(self) -> ClassInformation:
-        return measure_information(self.model, self.train, task=self.task)[0]
+        return self._measured(self.train)
 
     def _summary(self, loader: Iterable[Any] | None) -> InformationSummary | None:
-        return None if loader is None else measure_information(self.model, loader, task=self.task)[0].summary()
+        return None if loader is None else self._measured(loader).summary()
+
+    def _measured(self, loader: Iterable[Any]) -> ClassInformation:
+        rows = None if self.grouping is None else (self.grouping.rows, self.grouping.row_of_label)
+        return measure_information(self.model, loader, task=self.task, separation=rows is None, rows=rows)[0]
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:

@@ -123,3 +123,14 @@ def test_a_wrong_recipe_is_named_with_its_field(
     assert words in printed
     assert "wrong.yaml" in printed
     assert not (vectors / "out").exists()
+
+
+def test_cmi_of_a_language_model_names_its_rows_and_memory(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("distill", "cmi", tiny_llama, "-d", "builtin:speeches", "--samples", 8, "--max-length", 32)
+    assert run(*arguments, "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "248 samples, 300 classes" in printed
+    assert "<= " in printed
+    assert "upper bound" in printed
