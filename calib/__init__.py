@@ -27,6 +27,9 @@ _HOMES = {
     "QuantizedModel": "calib.quantized",
     "plan_from_scales": "calib.quantized",
     "write_checkpoint": "calib.export",
+    "fine_tune_with_control": "calib.distill",
+    "measure_information": "calib.distill",
+    "train_student": "calib.distill",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
 

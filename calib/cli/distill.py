@@ -98,12 +98,16 @@ def _language_cmi(
 
     blocks = build_blocks([data], opened.tokenizer, samples=samples or 128, max_length=max_length, seed=seed)
     found, grouping = language_information(
-        opened.model, blocks, batch_size=batch_size, temperatures=temperatures, memory_bytes=row_memory * 1_000_000
+        opened.model,
+        blocks,
+        batch_size=batch_size,
+        temperatures=temperatures,
+        memory_bytes=row_memory * 1_000_000 // len(temperatures),
     )
     print_information(model, data, [one.summary() for one in found], as_json=given["as_json"])
     if not given["as_json"]:
         click.echo(
-            f"{grouping.rows} centroid rows, at most {grouping.memory_bytes / 1e6:.0f} MB; "
+            f"{grouping.rows} centroid rows, at most {grouping.memory_bytes * len(temperatures) / 1e6:.0f} MB; "
             f"{grouping.own_share:.1%} of the positions have a row of their own, so CMI is an upper bound"
         )
 

@@ -124,8 +124,7 @@ class ClassInformation:
             raise UsageError(f"labels {int(labels.min())}..{int(labels.max())}: the model has {self.classes} classes")
         if not bool(torch.isfinite(logits).all()):
             raise UsageError("logits: NaN or infinite; check the model, its dtype and its inputs")
-        untempered = torch.log_softmax(logits, dim=1)
-        log_p = untempered if self.temperature == 1 else torch.log_softmax(logits / self.temperature, dim=1)
+        log_p = torch.log_softmax(logits / self.temperature, dim=1)
         p = log_p.exp()
         groups = labels if self.row_of_label is None else self.row_of_label[labels]
         self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))

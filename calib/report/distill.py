@@ -47,9 +47,7 @@ def print_information(name: str, data: str, found: Sequence[InformationSummary],
             f"{summary.ece:.4f}",
         )
     console.print(table)
-    console.print(
-        "CMI, separation and log-likelihood in nats; the last three columns are at T = 1 where T plays a part"
-    )
+    console.print("CMI, separation and log-likelihood in nats; every column is of the softmax at temperature T")
 
 
 def print_report(report: DistillReport) -> None:
