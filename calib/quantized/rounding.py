@@ -70,8 +70,6 @@ def gptq(
         raise UsageError(f"{name}: a Hessian {list(hessian.shape)} for {inputs} inputs; collect it on this layer")
     grouped = scheme.grouped(weight.detach(), name)
     scale, point = scheme.step(grouped)
-    by_column = scale.expand(-1, grouped.shape[1], grouped.shape[2]).flatten(1)
-    point_by_column = None if point is None else point.expand(-1, grouped.shape[1], grouped.shape[2]).flatten(1)
     diagonal = hessian.diagonal()
     columns = torch.arange(inputs, device=weight.device)
     if order == "activation":
@@ -79,22 +77,25 @@ def gptq(
     elif order != "fixed":
         raise UsageError(f"order {order!r}: unknown; choose fixed or activation")
     factor = _inverse_factor(hessian.to(weight.device)[columns][:, columns], damping, name)
-    left = weight.detach().float()[:, columns]
-    codes = torch.empty(weight.shape, dtype=_code_dtype(scheme), device=weight.device)
+    # transposed: a column of the weight is a contiguous row here, and the groups' numbers lie beside it
+    left = weight.detach().float()[:, columns].T.contiguous()
+    group = columns // grouped.shape[2]
+    steps = scale.squeeze(-1).T.contiguous()
+    points = None if point is None else point.squeeze(-1).T.contiguous()
+    codes = torch.empty(left.shape, dtype=_code_dtype(scheme), device=weight.device)
     for start in range(0, inputs, block_size):
         stop = min(start + block_size, inputs)
-        errors = torch.empty(weight.shape[0], stop - start, device=weight.device)
-        for i in range(start, stop):
-            column = columns[i : i + 1]
-            step = by_column[:, column]
-            zero = None if point_by_column is None else point_by_column[:, column]
-            rounded = _codes(left[:, i : i + 1], step, zero, scheme)
-            codes[:, column] = rounded
-            error = (left[:, i : i + 1] - dequantize(rounded, step, zero)) / factor[i, i]
-            left[:, i + 1 : stop] -= error * factor[i, i + 1 : stop]
-            errors[:, i - start] = error[:, 0]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return QuantizedWeight(codes, scale.squeeze(-1), None if point is None else point.squeeze(-1))
+        errors = torch.empty_like(left[start:stop])
+        for i, of_group in zip(range(start, stop), group[start:stop].tolist(), strict=True):
+            zero = None if points is None else points[of_group]
+            codes[i] = _codes(left[i], steps[of_group], zero, scheme)
+            error = (left[i] - dequantize(codes[i], steps[of_group], zero)) / factor[i, i]
+            left[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            errors[i - start] = error
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    unsorted = torch.empty_like(codes)
+    unsorted[columns] = codes
+    return QuantizedWeight(unsorted.T.contiguous(), scale.squeeze(-1), None if point is None else point.squeeze(-1))
 
 
 def _code_dtype(scheme: WeightScheme) -> torch.dtype:
