@@ -122,7 +122,7 @@ def classifier_of(found: OpenedModel, reference: str) -> Classifier:
         name=reference,
         task=ClassificationTask(),
         label_ids=dict(config.label2id),
-        image=None if text else _image_input(found.processor, config),
+        image=None if text else _image_input(found.folder, reference),
         tokenizer=found.tokenizer,
     )
 
@@ -176,12 +176,23 @@ def load_network(folder: Path, device: str = "auto") -> Classifier:
     )
 
 
-def _image_input(processor: Any, config: Any) -> ImageInput:
-    if processor is None:
-        return ImageInput(size=getattr(config, "image_size", 224) or 224)
-    size = dict(getattr(processor, "size", None) or {})
-    return ImageInput(
-        size=int(size.get("height") or size.get("shortest_edge") or 224),
-        mean=list(getattr(processor, "image_mean", None) or [0.5]),
-        std=list(getattr(processor, "image_std", None) or [0.5]),
-    )
+def _image_input(folder: Path, reference: str) -> ImageInput:
+    """Size and normalisation from the checkpoint's own file: the class that reads it may need torchvision."""
+    path = folder / "preprocessor_config.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        size = record.get("size", 224)
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge")
+        plain = not record.get("do_normalize", True)
+        return ImageInput(
+            size=int(size),
+            mean=[0.0] if plain else record["image_mean"],
+            std=[1.0] if plain else record["image_std"],
+        )
+    except (OSError, ValueError, TypeError, KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{reference}: how its images are normalised is unknown, preprocessor_config.json is no help ({reason}); "
+            "add that file to the checkpoint"
+        ) from error

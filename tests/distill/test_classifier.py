@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from calib.distill.classifier import Classifier, load_network, open_classifier, save_network
 from calib.distill.cmi import measure_information
 from calib.distill.data import Records
+from calib.distill.features import find_features
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask
 from calib.errors import ArtifactError, UsageError
@@ -75,3 +77,35 @@ def test_models_and_data_that_do_not_fit_are_refused(tiny_bert: Path, text_class
         open_classifier(str(tiny_bert), device="cpu")
     with pytest.raises(UsageError, match="4 classes, but ours has 3 outputs"):
         ours().dataset(images(("0", "1", "2", "3")))
+
+
+@pytest.fixture
+def image_classifier(tmp_path: Path) -> Path:
+    """Folder of a transformers ResNet for 32 pixels, untrained."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    processor = {"size": {"shortest_edge": 32}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return tmp_path
+
+
+def test_an_image_classifier_of_transformers_gets_its_own_normalisation_and_has_stages(image_classifier: Path) -> None:
+    found = open_classifier(str(image_classifier), device="cpu")
+    assert found.image == ImageInput(size=32, mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.25])
+    grey = Records([torch.full((1, 8, 8), 255, dtype=torch.uint8)] * 2, (0, 2), ("a", "b", "c"), "images")
+    batch = next(iter(found.loader(found.dataset(grey))))
+    torch.testing.assert_close(batch[0][0, :, 0, 0], torch.tensor([1.8, 1.6, 2.8]))
+    points = find_features(found.model, found.task, batch)
+    # the stem lowers the resolution itself, by pooling, so what enters that pooling counts too
+    assert points.maps == ("resnet.embedder.embedder", "resnet.encoder.stages.0", "resnet.encoder.stages.1")
+    assert points.head == "classifier.1"
+
+
+def test_an_image_classifier_without_a_known_normalisation_is_refused(image_classifier: Path) -> None:
+    (image_classifier / "preprocessor_config.json").write_text('{"size": 32}')
+    with pytest.raises(UsageError, match=r"normalised is unknown.*image_mean"):
+        open_classifier(str(image_classifier), device="cpu")

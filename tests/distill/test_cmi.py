@@ -27,6 +27,8 @@ logits, labels = torch.randn(60, 4, generator=generator), torch.randint(4, (60,)
 part = slice(0, 25) if rank == 0 else slice(25, 60)
 found = measure_information(torch.nn.Identity(), [(logits[part], labels[part])])[0]
 Path(out).write_text(json.dumps(found.summary().to_dict()))
+torch.distributed.barrier()  # a rank that leaves while the other still talks to it takes it down
+torch.distributed.destroy_process_group()
 """
 
 

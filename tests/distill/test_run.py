@@ -151,6 +151,23 @@ def test_a_text_encoder_teaches_its_first_layer(minilm_like: Path, tmp_path: Pat
     assert report.covered_area is None
 
 
+def test_a_trained_checkpoint_plugs_in_as_teacher(source: Path, tmp_path: Path) -> None:
+    folder = output(tmp_path)
+    run_recipe(recipe(source, seeds=[0]), folder, device="cpu")
+    second = tmp_path / "second"
+    second.mkdir()
+    plan = recipe(source, seeds=[0], teacher={"model": str(folder / "teacher-mll")})
+    report = run_recipe(plan, second, device="cpu")
+    first = json.loads((folder / "report.json").read_text())
+    assert report.teachers[0].test == first["teachers"][0]["test"]
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for split in ("train", "test"):
+        save_file({"inputs": torch.randn(40, 32), "labels": torch.arange(40) % 4}, wrong / f"{split}.safetensors")
+    with pytest.raises(UsageError, match="10 outputs for 4 classes"):
+        run_recipe(recipe(wrong, seeds=[0], teacher={"model": str(folder / "teacher-mll")}), second, device="cpu")
+
+
 def row(seed: int, teacher: str, accuracy: float) -> StudentRow:
     return StudentRow.model_validate(
         {

@@ -4,7 +4,9 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +126,33 @@ def test_missing_and_damaged_sources_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_hub_data_set_without_the_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CorpusError, match=r"pip install calib\[datasets\]"):
         read_records("hub:owner/name", "train")
+
+
+def test_a_hub_data_set_is_read_with_its_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list):  # type: ignore[type-arg]
+        def __init__(self, rows: list[dict[str, object]]) -> None:
+            super().__init__(rows)
+            self.features = {"text": None, "label": SimpleNamespace(names=["no", "yes"])}
+
+    def load_dataset(name: str, config: str | None, split: str) -> Rows:
+        if split != "train":
+            raise ValueError(f"Unknown split {split}")
+        assert (name, config) == ("owner/name", "small")
+        return Rows([{"text": "x", "label": 1}, {"text": "y", "label": 0}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = read_records("hub:owner/name@small", "train")
+    assert (found.labels, found.class_names) == ((1, 0), ("no", "yes"))
+    with pytest.raises(CorpusError, match="Unknown split"):
+        read_records("hub:owner/name@small", "validation")
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    (tmp_path / "red").mkdir()
+    (tmp_path / "red" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(CorpusError, match=r"broken\.png"):
+        ImageSet(read_records(str(tmp_path), "train"))[0]
