@@ -63,17 +63,16 @@ def test_a_moving_average_of_balanced_batches_serves_as_centroids(mixture: Any) 
 
 
 def test_stale_centroids_trip_the_guard_where_fresh_ones_do_not(mixture: Any) -> None:
-    settings = replace(
-        SETTINGS, strength=0.9, epochs=10, optimiser=OptimiserSettings("adamw", 3e-3, schedule="constant")
-    )
+    settings = replace(SETTINGS, strength=0.9, epochs=16)
     teacher = mixture.copy()
     stale = fine_tune(teacher, mixture.loader(), replace(settings, refresh="never"))
     assert stale.stopped is not None
-    assert "fell" in stale.stopped or "left their centroids" in stale.stopped
+    assert "training accuracy fell" in stale.stopped
     kept = measure_information(teacher, mixture.loader())[0].summary()
-    assert kept.accuracy > stale.before.accuracy - 0.1
-    fresh = fine_tune(mixture.copy(), mixture.loader(), replace(settings, strength=0.5))
+    assert kept.accuracy == stale.after.accuracy > stale.before.accuracy - 0.2
+    fresh = fine_tune(mixture.copy(), mixture.loader(), settings)
     assert fresh.stopped is None
+    assert fresh.after.accuracy > stale.after.accuracy
 
 
 def test_a_destructive_learning_rate_stops_and_the_healthy_weights_come_back(mixture: Any) -> None:
@@ -93,7 +92,7 @@ def test_the_guard_names_what_went_wrong(mixture: Any) -> None:
     assert "nan" in (guard.step(float("nan"), 0.2) or "")
     assert "centroids" in (guard.step(0.1, 17.0) or "")
     assert guard.epoch(start) is None
-    assert "accuracy fell" in (guard.epoch(replace(start, accuracy=start.accuracy - 0.2)) or "")
+    assert "accuracy fell" in (guard.epoch(replace(start, accuracy=start.accuracy - 0.25)) or "")
     assert "log-likelihood fell" in (guard.epoch(replace(start, log_likelihood=start.log_likelihood - 2)) or "")
 
 
