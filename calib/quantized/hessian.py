@@ -62,7 +62,8 @@ def collect_hessians(
     Args:
         model: the one that is run; its hooks are removed at the end, also after an exception.
         modules: names of linear layers or transformers' `Conv1D`.
-        skip_positions: leave out the first n tokens of each row (attention sinks, which would outweigh all others).
+        skip_positions: leave out the first n tokens of each row. Only where these are not computed with the rounded
+            weights: attention sinks outweigh all others, and a weight compensated without them destroys them.
         dtype: of sums, float32 or float64; products are computed in it.
 
     Raises:
