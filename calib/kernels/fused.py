@@ -131,7 +131,7 @@ class FusedAccumulator:
         update = self._update_full if self._kernel.full else self._update_ranges
         nonfinite = update(array, plan)
         if nonfinite.any():
-            self._fault = self._fault.merge(Fault.observe(array.reshape(values.shape), plan.context))
+            self._fault = self._fault.merge(_fault_of(array, plan))
 
     def _update_ranges(self, values: NDArray[np.float32], plan: RowPlan) -> NDArray[np.int64]:
         low, high = np.empty(plan.units, np.int32), np.empty(plan.units, np.int32)
@@ -187,7 +187,7 @@ class FusedAccumulator:
             for group in np.unique(plan.segment_group):
                 loops.fold_histogram(kernel._dense[share][group], values_tables[group], pool.pages, pool.used)
         self._peaks = loops.fold_peaks(
-            values, bits, plan.rows, plan.row_group, row_amax, plan.context.group.shape[1],
+            values, bits, plan.rows, plan.places, plan.row_group, row_amax, plan.context.group.shape[1],
             plan.context.document, plan.context.token_id, token_tables, pool.pages, pool.used,
             self._peak_bits, self._peak_place, self._peaks,
         )  # fmt: skip
@@ -254,6 +254,15 @@ class FusedAccumulator:
         counts[:, 0] += counts[:, 0x8000]
         counts[:, 0x8000] = 0
         return FloatHistogram.from_dense(counts)
+
+
+def _fault_of(values: NDArray[np.float32], plan: RowPlan) -> Fault:
+    """The first non-finite value of rows ``[rows, channels]``."""
+    row, channel = np.nonzero(~np.isfinite(values[plan.rows]))
+    block, position = np.divmod(plan.places[row], plan.context.group.shape[1])
+    document = plan.context.document[block]
+    first = np.lexsort((channel, position, document))[0]
+    return Fault((int(document[first]), int(position[first]), int(channel[first])))
 
 
 class _DocumentRows:

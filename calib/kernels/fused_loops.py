@@ -295,6 +295,7 @@ def fold_peaks(  # type: ignore[no-untyped-def]
     values,
     bits,
     rows,
+    places,
     row_group,
     row_amax,
     tokens,
@@ -311,7 +312,7 @@ def fold_peaks(  # type: ignore[no-untyped-def]
 
     Args:
         values, bits: float32 and uint32 ``[blocks * tokens, channels]``.
-        rows, row_group: of the `RowPlan`; row_amax: of `read_units`.
+        rows, places, row_group: of the `RowPlan`; row_amax: of `read_units`.
         tokens: tokens per block.
         document: int64 ``[blocks]``; token_id: int64 ``[blocks, tokens]``.
         token_tables: int32 ``[2, 512]``; pages, used: the pool, with room for 512 more pages.
@@ -334,7 +335,7 @@ def fold_peaks(  # type: ignore[no-untyped-def]
         if amax == 0 or (full and amax < peak_bits[limit - 1] & _MAGNITUDE):
             continue
         row = rows[index]
-        block, position = row // tokens, row % tokens
+        block, position = places[index] // tokens, places[index] % tokens
         for c in range(channels):
             magnitude = bits[row, c] & _MAGNITUDE
             if magnitude == 0 or magnitude >= _INFINITY:

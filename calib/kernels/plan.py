@@ -24,6 +24,8 @@ class RowPlan:
     Attributes:
         context: the batch that this plan is for.
         rows: int64 ``[n]``, row numbers; excluded tokens are left out.
+        places: int64 ``[n]``, which token of the context each of them is, as ``block * tokens + position``. The same
+            as `rows`, unless the values are some rows only, in another order: the tokens routed to one expert.
         segment_block, segment_group: int64 ``[segments]``.
         unit_start, unit_stop: int64 ``[units]``, slices of `rows`.
         segment_units: int64 ``[segments + 1]``, slices of the units.
@@ -31,6 +33,7 @@ class RowPlan:
 
     context: Observation
     rows: NDArray[np.int64]
+    places: NDArray[np.int64]
     segment_block: NDArray[np.int64]
     segment_group: NDArray[np.int64]
     unit_start: NDArray[np.int64]
@@ -39,37 +42,45 @@ class RowPlan:
 
     @classmethod
     def of(cls, context: Observation) -> RowPlan:
-        """The plan of one batch."""
-        blocks, tokens = context.group.shape
-        rows, segments, starts, stops, slices = [], [], [], [], [0]
-        position = 0
-        for block in range(blocks):
-            for group in range(GROUPS):
-                members = np.flatnonzero(context.group[block] == group)
-                if not members.size:
-                    continue
-                rows.append(members + block * tokens)
-                segments.append((block, group))
-                for start in range(0, members.size, UNIT_TOKENS):
-                    starts.append(position + start)
-                    stops.append(position + min(start + UNIT_TOKENS, members.size))
-                position += members.size
-                slices.append(len(starts))
-        pairs = np.array(segments, np.int64).reshape(-1, 2)
+        """The plan of values ``[blocks, tokens, channels]``, all tokens of the batch."""
+        places = np.arange(context.group.size, dtype=np.int64)
+        return cls.routed(context, places)
+
+    @classmethod
+    def routed(cls, context: Observation, place: NDArray[np.int64]) -> RowPlan:
+        """The plan of values ``[1, n, channels]`` whose rows are some tokens of the batch, in any order.
+
+        Args:
+            context: the whole batch.
+            place: int64 ``[n]``, ``block * tokens + position`` of each row.
+        """
+        tokens = context.group.shape[1]
+        group = context.group.ravel()[place].astype(np.int64)
+        order = np.lexsort((place, group, place // tokens))
+        order = order[group[order] < GROUPS]
+        segment = (place[order] // tokens) * GROUPS + group[order]
+        first = np.flatnonzero(np.diff(segment, prepend=-1))
+        sizes = np.diff(first, append=order.size)
+        units = -(-sizes // UNIT_TOKENS)
+        slices = np.concatenate([np.zeros(1, np.int64), np.cumsum(units)])
+        within = np.arange(slices[-1]) - np.repeat(slices[:-1], units)
+        starts = np.repeat(first, units) + within * UNIT_TOKENS
+        stops = np.minimum(starts + UNIT_TOKENS, np.repeat(first + sizes, units))
         return cls(
             context,
-            np.concatenate(rows) if rows else np.zeros(0, np.int64),
-            pairs[:, 0].copy(),
-            pairs[:, 1].copy(),
-            np.array(starts, np.int64),
-            np.array(stops, np.int64),
-            np.array(slices, np.int64),
+            order,
+            place[order],
+            segment[first] // GROUPS,
+            segment[first] % GROUPS,
+            starts,
+            stops,
+            slices,
         )
 
     @cached_property
     def row_group(self) -> NDArray[np.int64]:
         """Group of each entry of `rows`."""
-        return self.context.group.ravel()[self.rows].astype(np.int64)
+        return self.context.group.ravel()[self.places].astype(np.int64)
 
     @property
     def units(self) -> int:

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from calib.kernels.plan import RowPlan
+from calib.kernels.top import NOWHERE, row_places, top_values
 from calib.statistics.channels import ChannelStatistics
 from calib.statistics.documents import DocumentMaxima
 from calib.statistics.fault import Fault
 from calib.statistics.histogram import BINS, FloatHistogram
 from calib.statistics.observation import GROUPS
-from calib.statistics.peaks import PEAKS, PeakList
+from calib.statistics.peaks import PeakList
 from calib.statistics.range import Range
 from calib.statistics.site import SiteStatistics
 from calib.statistics.summation import GROUP_TOKENS, UNIT_TOKENS, FixedPoint, exact_integer
@@ -28,10 +29,9 @@ from calib.statistics.summation import GROUP_TOKENS, UNIT_TOKENS, FixedPoint, ex
 __all__ = ["TorchAccumulator", "TorchKernel"]
 
 Tensor = torch.Tensor
-_LARGEST_FINITE, _SIGN, _INFINITY, _MAGNITUDE = 0x7F7F, 0x8000, 0x7F800000, 0x7FFFFFFF
+_LARGEST_FINITE, _SIGN = 0x7F7F, 0x8000
 _MOST_COUNTED = 2**31 - 1
 _MOST_QUEUED = 64
-_NOWHERE = 2**62
 
 
 class TorchKernel:
@@ -64,11 +64,11 @@ class _Queued:
     plan: RowPlan
     nonfinite: Tensor  # int64 [segments]
     amax: Tensor  # float32 [segments]
-    fault: Tensor  # int64 [segments], first non-finite (row * channels + channel) of each, or a huge number
+    fault: Tensor  # int64 [segments], first non-finite (entry of the plan * channels + channel) of each, or NOWHERE
     total: Tensor | None = None  # float64 [segments]
     energy: Tensor | None = None  # float64 [segments]
     peak_value: Tensor | None = None  # float32 [k]
-    peak_index: Tensor | None = None  # int64 [k], row * channels + channel
+    peak_index: Tensor | None = None  # int64 [k], entry of the plan * channels + channel
 
 
 class TorchAccumulator:
@@ -109,7 +109,7 @@ class TorchAccumulator:
         clean = torch.where(finite, flat, 0.0)
         total, energy = self._take_sums(clean, index)
         self._take_counts(clean, finite, index)
-        value, place = _top(clean, index)
+        value, place = top_values(clean, index)
         last = self._queue.pop()
         self._queue.append(_Queued(plan, last.nonfinite, last.amax, last.fault, total, energy, value, place))
 
@@ -141,9 +141,10 @@ class TorchAccumulator:
         bad = (~finite).sum(1)[index["rows"]]
         nonfinite = torch.zeros(low.shape[0], dtype=torch.int64, device=flat.device)
         nonfinite.index_add_(0, index["row_segment"], bad)
-        place = torch.arange(flat.numel(), device=flat.device).view_as(flat)
-        first = torch.where(finite, _NOWHERE, place).amin(1)[index["rows"]]
-        fault = torch.full_like(nonfinite, _NOWHERE).scatter_reduce_(0, index["row_segment"], first, "amin")
+        channel = torch.where(finite, NOWHERE, torch.arange(flat.shape[1], device=flat.device)).amin(1)[index["rows"]]
+        number = torch.arange(channel.numel(), device=flat.device)
+        first = torch.where(channel == NOWHERE, NOWHERE, number * flat.shape[1] + channel)
+        fault = torch.full_like(nonfinite, NOWHERE).scatter_reduce_(0, index["row_segment"], first, "amin")
         self._queue.append(_Queued(plan, nonfinite, amax, fault))
 
     def _take_sums(self, clean: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -230,9 +231,8 @@ def _indices(plan: RowPlan, device: torch.device) -> dict[str, Tensor]:
     """Index tensors of a plan on a device, made once."""
     cache = cast("dict[str, dict[str, Tensor]]", plan.__dict__.setdefault("_indices", {}))
     if str(device) not in cache:
-        blocks, tokens = plan.context.group.shape
         units_per_segment = np.diff(plan.segment_units)
-        unit_rows = np.full((plan.units, UNIT_TOKENS), blocks * tokens, np.int64)
+        unit_rows = np.full((plan.units, UNIT_TOKENS), -1, np.int64)  # the row of zeros behind all others
         for unit, (start, stop) in enumerate(zip(plan.unit_start, plan.unit_stop, strict=True)):
             unit_rows[unit, : stop - start] = plan.rows[start:stop]
         segment_units = np.full((units_per_segment.size, int(units_per_segment.max())), plan.units, np.int64)
@@ -240,11 +240,12 @@ def _indices(plan: RowPlan, device: torch.device) -> dict[str, Tensor]:
             count = units_per_segment[segment]
             segment_units[segment, :count] = np.arange(first, first + count)
         unit_segment = np.repeat(np.arange(units_per_segment.size), units_per_segment)
-        row_place, place_row = _row_places(plan)
+        row_rank, row_tie = row_places(plan)
         arrays = {
             "rows": plan.rows,
-            "row_place": row_place,
-            "place_row": place_row,
+            "row_rank": row_rank,
+            "row_tie": row_tie,
+            "most_ties": np.empty(int(row_tie.max(initial=0)) + 1, np.uint8),  # its size is known without waiting
             "row_group": plan.row_group,
             "row_segment": np.repeat(unit_segment, plan.unit_stop - plan.unit_start),
             "unit_rows": unit_rows,
@@ -302,48 +303,6 @@ def _count(counts: Tensor, bins: Tensor) -> None:
         counts.index_add_(0, flat, torch.ones(1, dtype=torch.int32, device=flat.device).expand(flat.numel()))
 
 
-def _top(clean: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The top values in the order of `PeakList`: values and ``row * channels + channel``.
-
-    Magnitude and place are packed in one integer, which leaves no ties for the device to break as it likes. A row is
-    placed by its rank of (document, position) and, where blocks share both, by its tie. The top k values lie in
-    the top k rows by largest magnitude, k times the most ties, so only those are sorted.
-    """
-    channels, ties = clean.shape[1], index["place_row"].shape[1]
-    rows, place, last = index["rows"], index["row_place"], (1 << 32) - 1
-    magnitude = (clean.view(torch.int32) & _MAGNITUDE).to(torch.int64)
-    row_key = (magnitude[rows].amax(1) << 32) | (last - place)
-    best_place = last - (row_key.topk(min(PEAKS * ties, rows.numel())).values & last)
-    best_rows = index["place_row"].flatten()[best_place]
-    rank, tie = (best_place // ties)[:, None], (best_place % ties)[:, None]
-    element = (rank * channels + torch.arange(channels, device=clean.device)) * ties + tie
-    key = ((magnitude[best_rows] << 32) | (last - element)).flatten()
-    best = last - (key.topk(min(PEAKS, key.numel())).values & last)
-    row = index["place_row"][best // ties // channels, best % ties]
-    found = row * channels + best // ties % channels
-    return clean.flatten()[found], found
-
-
-def _row_places(plan: RowPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Place of each entry of `plan.rows` in the order (document, position, token), and the row at each place.
-
-    Returns:
-        int64 ``[rows]``, ``rank * ties + tie``; int64 ``[ranks, ties]``, row numbers (0 where there is no such tie).
-    """
-    block, position = np.divmod(plan.rows, plan.context.group.shape[1])
-    document, token = plan.context.document[block], plan.context.token_id[block, position]
-    order = np.lexsort((token, position, document))
-    new = np.ones(order.size, np.bool_)
-    new[1:] = (np.diff(document[order]) != 0) | (np.diff(position[order]) != 0)
-    rank = np.cumsum(new) - 1
-    tie = np.arange(order.size) - np.flatnonzero(new)[rank]
-    ties = int(tie.max()) + 1
-    place, row_at = np.empty(order.size, np.int64), np.zeros((int(rank[-1]) + 1, ties), np.int64)
-    place[order] = rank * ties + tie
-    row_at[rank, tie] = plan.rows[order]
-    return place, row_at
-
-
 def _histogram(counts: NDArray[np.int32]) -> FloatHistogram:
     dense = counts.reshape(GROUPS, BINS).copy()
     dense[:, BINS - 1] = 0  # where non-finite values were put
@@ -380,8 +339,8 @@ def _peaks_of(batch: _Queued, channels: int) -> PeakList:
     if batch.peak_value is None or batch.peak_index is None:
         return PeakList.empty()
     context = batch.plan.context
-    row, channel = np.divmod(batch.peak_index.cpu().numpy(), channels)
-    block, position = np.divmod(row, context.group.shape[1])
+    entry, channel = np.divmod(batch.peak_index.cpu().numpy(), channels)
+    block, position = np.divmod(batch.plan.places[entry], context.group.shape[1])
     return PeakList.of(
         batch.peak_value.cpu().numpy(),
         context.document[block],
@@ -394,8 +353,8 @@ def _peaks_of(batch: _Queued, channels: int) -> PeakList:
 def _fault_of(batch: _Queued, channels: int) -> Fault:
     context, fault = batch.plan.context, Fault()
     for place in batch.fault.cpu().tolist():
-        if place != _NOWHERE:
-            row, channel = divmod(place, channels)
-            block, position = divmod(row, context.group.shape[1])
+        if place != NOWHERE:
+            entry, channel = divmod(place, channels)
+            block, position = divmod(int(batch.plan.places[entry]), context.group.shape[1])
             fault = fault.merge(Fault((int(context.document[block]), position, channel)))
     return fault

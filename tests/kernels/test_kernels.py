@@ -91,3 +91,36 @@ def test_energies_beyond_the_fixed_point_saturate_alike(name: str, magnitude: fl
 @pytest.mark.parametrize("full", [True, False])
 def test_the_torch_kernel_on_cuda_computes_the_definition(full: bool, dtype: torch.dtype) -> None:
     check("torch", 1, full, (2, 300, 33), dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "full"), [("torch", True), ("torch", False), ("fused", True), ("fused", False)])
+def test_some_tokens_in_any_order_measure_as_the_same_tokens_in_their_places(
+    name: str, full: bool, dtype: torch.dtype
+) -> None:
+    """The rows that a router sends to one expert; what it does not send must not count."""
+    accumulator, expected = make_kernel(name, full=full).accumulator(5), None
+    for seed in range(3):
+        values, context = batch(seed, (4, 40, 5), dtype)
+        place = np.random.default_rng(seed).permutation(160)[: 30 * (seed + 1)].astype(np.int64)
+        routed = values.reshape(1, 160, 5)[:, torch.from_numpy(place)]
+        accumulator.update(routed, RowPlan.routed(context, place))
+        group = np.full(160, 255, np.uint8)
+        group[place] = context.group.ravel()[place]
+        only = Observation(group.reshape(4, 40), context.document, context.domain, context.token_id)
+        one = SiteStatistics.observe(values.float().numpy(), only)
+        expected = one if expected is None else expected.merge(one)
+    assert expected is not None
+    got, want = accumulator.result().to_tensors(), expected.to_tensors()
+    for key in want if full else RANGES + ("fault.place", "documents.amax"):
+        assert got[key].tobytes() == want[key].tobytes(), key
+
+
+def test_a_place_may_lie_beyond_32_bits() -> None:
+    """Equal magnitudes are told apart by their place, also among 5e9 values."""
+    from calib.kernels.top import _first
+
+    place = torch.tensor([2**40 + 3, 2**33, 2**40, 7, 2**40 + 1])
+    magnitude = torch.tensor([5, 9, 5, 1, 5], dtype=torch.int32)
+    assert sorted(_first(magnitude, place, 3).tolist()) == [1, 2, 4]
+    assert sorted(_first(magnitude, place, 4).tolist()) == [0, 1, 2, 4]
