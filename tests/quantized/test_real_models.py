@@ -27,7 +27,7 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
 def test_perplexity_of_smollm2_rises_in_the_order_of_what_is_rounded(smollm2: Path) -> None:
     opened = open_model(smollm2, device="cpu", dtype="float32")
     model = opened.model
-    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=6, max_length=256)
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=16, max_length=256)
     ids, data = torch.from_numpy(blocks.input_ids[:4]), torch.from_numpy(blocks.input_ids[4:])
     plain = perplexity(model, ids)
 
@@ -49,6 +49,7 @@ def test_perplexity_of_smollm2_rises_in_the_order_of_what_is_rounded(smollm2: Pa
     assert in_int8 == pytest.approx(both, rel=0.02)
     assert nearest > 1.5 * plain
 
+    # 3072 tokens for up to 1536 inputs: with fewer tokens than inputs, error compensation fits noise and makes it worse
     plan = plan_from_scales(model, inputs="none", weights=four_bits)
     with torch.no_grad(), collect_hessians(model, plan.weights) as hessians:
         model(input_ids=data)
