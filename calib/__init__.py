@@ -26,6 +26,8 @@ _HOMES = {
     "QuantizationPlan": "calib.quantized",
     "QuantizedModel": "calib.quantized",
     "plan_from_scales": "calib.quantized",
+    "export_scales": "calib.export",
+    "verify_export": "calib.export",
     "write_checkpoint": "calib.export",
     "fine_tune_with_control": "calib.distill",
     "measure_information": "calib.distill",

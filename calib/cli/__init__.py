@@ -20,9 +20,12 @@ COMMANDS = {
     "quantize": "Choose scales from a measurement, or from a model, and say what error to expect.",
     "sites": "Show what would be measured, without measuring.",
     "report": "Print what a measurement holds.",
+    "export": "Write scales in a format that a deployment reads.",
+    "verify": "Check an export, and run it in its consumer.",
     "merge": "Join the shards of one measurement.",
     "distill": "Measure and raise what a teacher knows (CMI); train students.",
     "methods": "List the methods that choose scales.",
+    "formats": "List the formats that scales can be exported in.",
 }
 
 
@@ -37,7 +40,8 @@ class LazyGroup(click.Group):
         """One command."""
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"calib.cli.{cmd_name}").command
+        module = "import_" if cmd_name == "import" else cmd_name  # a word of Python cannot name a module
+        command = importlib.import_module(f"calib.cli.{module}").command
         assert isinstance(command, click.Command)
         return command
 

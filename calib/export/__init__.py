@@ -1,8 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes scales in the formats that deployment stacks read, one file each."""
+"""Writes scales in the formats that deployment stacks read, one file each, and checks what was written."""
 
 from __future__ import annotations
 
+from calib.export import (  # noqa: F401 - each registers its format
+    check_compressed_tensors,
+    compressed_tensors,
+)
 from calib.export.compressed_tensors import CheckpointSummary, write_checkpoint
+from calib.export.formats import FORMATS, Format
+from calib.export.report import ConsumerReport, Verification
+from calib.export.request import ExportSummary
+from calib.export.verify import verify_export
+from calib.export.write import export_scales
 
-__all__ = ["CheckpointSummary", "write_checkpoint"]
+__all__ = [
+    "FORMATS",
+    "CheckpointSummary",
+    "ConsumerReport",
+    "ExportSummary",
+    "Format",
+    "Verification",
+    "export_scales",
+    "verify_export",
+    "write_checkpoint",
+]

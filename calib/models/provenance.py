@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from calib.models.hashing import sha256_of_file
 from calib.models.tasks import UNKNOWN_TASK, task_of_class
 from calib.schema.provenance import ModelProvenance
 
-__all__ = ["checkpoint_provenance", "module_provenance"]
+__all__ = ["checkpoint_provenance", "module_provenance", "tokenizer_sha256"]
 
 
 def checkpoint_provenance(
@@ -67,6 +67,11 @@ def module_provenance(module: nn.Module, name: str) -> ModelProvenance:
         config_sha256=hashlib.sha256(_description(module, config).encode()).hexdigest(),
         weights_sha256={"state_dict": digest.hexdigest()},
     )
+
+
+def tokenizer_sha256(paths: Sequence[Path]) -> str | None:
+    """Hash of the files of a tokenizer, as `ModelProvenance` has it; None if there are none."""
+    return _tokenizer_sha256(paths, [sha256_of_file(path) for path in paths])
 
 
 def _description(module: nn.Module, config: object) -> str:

@@ -26,4 +26,5 @@ class Recipe(Strict):
     metadata: RecipeMetadata
     measure: Section = Field(default_factory=dict)
     quantize: Section = Field(default_factory=dict)
+    export: Section = Field(default_factory=dict)
     evaluate: Section = Field(default_factory=dict)

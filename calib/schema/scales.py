@@ -105,5 +105,8 @@ class ScaleFile(Strict):
     gates: dict[str, bool] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=list, description="Modules left in floating point, each on purpose")
     left_out: dict[str, str] = Field(default_factory=dict, description="Measured tensor without a scale -> the reason")
+    aliases: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="Graph (onnx, gguf) -> name here -> name there; written by an export"
+    )
     verdict: Verdict
     reason: str

@@ -13,12 +13,14 @@ import transformers
 from torch import nn
 
 from calib.corpus import build_blocks
-from calib.errors import ArtifactError, ModelError, UsageError
+from calib.errors import ArtifactError, GateError, ModelError, UsageError
+from calib.export import export_scales, verify_export
 from calib.export.compressed_tensors import write_checkpoint
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel, plan_from_scales
 from calib.scales import choose_scales
+from tests.export.conftest import Lab
 
 
 def emulated(opened: OpenedModel, scales: Any, in_float: dict[str, str], ids: torch.Tensor) -> torch.Tensor:
@@ -90,3 +92,81 @@ def test_scales_that_do_not_fit_are_refused(tiny_llama: Path, tiny_gpt2: Path, t
     with pytest.raises(ModelError, match="no linear layer"):
         write_checkpoint(other, choose_scales(theirs), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors:int8", "compressed-tensors:fp8"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_variant_is_bit_exact_with_key_and_value_scales_and_shards(
+    to: str, symmetric: bool, llama: Lab, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    summary = export_scales(
+        llama.scales(symmetric=symmetric), folder, llama.opened, to=to, kv_cache=True, shard_size="100KB"
+    )
+    assert len(summary.kv_cache) == 3
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    found = verify_export(folder)
+    assert found.problems == []
+    report = found.consumer
+    assert report is not None
+    assert report.model_difference == report.layer_difference == 0
+    assert report.scales_read == report.scales == 21 + 6
+    assert report.layers_exact == report.layers == 21
+
+
+def test_a_damaged_scale_shows_in_the_consumer_too(llama: Lab, tmp_path: Path) -> None:
+    from calib.export.check_compressed_tensors import run_transformers
+
+    export_scales(llama.scales(), tmp_path / "a", llama.opened, to="compressed-tensors")
+    export_scales(llama.scales(method="percentile:90"), tmp_path / "b", llama.opened, to="compressed-tensors")
+    good, other = (run_transformers(tmp_path / name, None) for name in "ab")
+    assert good.problems == other.problems == []
+    (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
+    assert verify_export(tmp_path / "a", run=False).problems
+
+
+def test_ranges_of_fused_siblings_are_unified_and_said(llama: Lab, tmp_path: Path) -> None:
+    scales = llama.scales()
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = dict(scales.tensors)
+    holder = next(n for n, t in tensors.items() if f"{name}:input" in [n, *t.shared_with])
+    entry = tensors.pop(holder)
+    names = [holder, *entry.shared_with]
+    narrow = entry.model_copy(update={"range_max": entry.range_max / 2, "range_min": entry.range_min / 2})
+    for reader in names:
+        tensors[reader] = (narrow if "v_proj" in reader else entry).model_copy(update={"shared_with": []})
+    edited = scales.model_copy(update={"tensors": tensors})
+    summary = export_scales(edited, tmp_path / "out", llama.opened, to="compressed-tensors")
+    assert [note for note in summary.notes if "v_proj" in note and "widened" in note]
+    assert verify_export(tmp_path / "out").problems == []
+
+
+def test_a_layer_whose_fused_sibling_is_in_float_stays_in_float(llama: Lab, tmp_path: Path) -> None:
+    scales = llama.scales().model_copy(update={"ignore": ["model.layers.0.self_attn.k_proj"]})
+    summary = export_scales(scales, tmp_path / "out", llama.opened, to="compressed-tensors")
+    assert "together with model.layers.0.self_attn.k_proj" in summary.in_float["model.layers.0.self_attn.q_proj"]
+    assert verify_export(tmp_path / "out").problems == []
+
+
+def test_what_does_not_belong_together_is_refused(llama: Lab, bert: Lab, tmp_path: Path) -> None:
+    scales, to = llama.scales(), "compressed-tensors"
+    out = tmp_path / "out"
+    with pytest.raises(ArtifactError, match="another model"):
+        export_scales(scales, out, bert.opened, to=to)
+    stranger = scales.model_copy(update={"model": scales.model.model_copy(update={"tokenizer_sha256": "0" * 64})})
+    with pytest.raises(ArtifactError, match="tokenizer"):
+        export_scales(stranger, out, llama.opened, to=to)
+    with pytest.raises(ArtifactError, match="cannot express the cure 'prefix'"):
+        export_scales(scales.model_copy(update={"cures": [{"kind": "prefix"}]}), out, llama.opened, to=to)
+    half = scales.model_copy(update={"model": scales.model.model_copy(update={"dtype": "bfloat16"})})
+    with pytest.raises(GateError, match="measured in bfloat16"):
+        export_scales(half, out, llama.opened, to=to)
+    with pytest.raises(UsageError, match="--model"):
+        export_scales(scales, out, to=to)
+    with pytest.raises(UsageError, match="unknown"):
+        export_scales(scales, out, llama.opened, to="safetensor")
+    with pytest.raises(UsageError, match="no variant"):
+        export_scales(scales, out, llama.opened, to="compressed-tensors:int3")
+    with pytest.raises(ModelError, match="no keys and values"):
+        export_scales(bert.scales(sites=["linear_input", "*:weight"]), out, bert.opened, to=to, kv_cache=True)
+    assert not out.exists()

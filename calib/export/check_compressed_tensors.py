@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a compressed-tensors checkpoint against its scale file, and runs it in transformers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calib.errors import ModelError
+from calib.export.checks import checks, consumer
+from calib.export.compare import first_output, largest_difference, token_ids
+from calib.export.emulate import compressed_tensors_plan, float_model
+from calib.export.linears import FUSED, attention_ranges, linear_ranges
+from calib.export.read_compressed_tensors import CompressedCheckpoint, read_compressed_tensors
+from calib.export.report import ConsumerReport, Verification
+from calib.models.checkpoint import read_checkpoint
+from calib.models.provenance import tokenizer_sha256
+from calib.models.quiet import quiet_transformers
+from calib.quantized import QuantizedModel
+from calib.scales.float8 import FLOAT8_MAX
+from calib.schema.export import ExportManifest
+from calib.schema.scales import ScaleFile
+
+__all__ = ["check_compressed_tensors"]
+
+
+@checks("compressed-tensors")
+def check_compressed_tensors(folder: Path, manifest: ExportManifest | None, scales: ScaleFile | None) -> Verification:
+    """Every tensor, every name, fused siblings, and, with a scale file, every value."""
+    read = read_compressed_tensors(folder)
+    found = Verification("compressed-tensors", read.found, read.expected, list(read.problems))
+    found.problems += _unequal_siblings(read)
+    if manifest is not None:
+        found.problems += _against_manifest(read, manifest)
+    if scales is not None:
+        found.problems += _against_scales(read, scales)
+    return found
+
+
+@consumer(
+    "transformers",
+    formats=("compressed-tensors",),
+    packages=("transformers", "compressed_tensors"),
+    install="pip install 'transformers>=5.6' compressed-tensors",
+)
+def run_transformers(folder: Path, manifest: ExportManifest | None) -> ConsumerReport:
+    """Loads a checkpoint with transformers and compares it, bit for bit, with calib's quantized model.
+
+    transformers multiplies rounded values in floating point: it proves what is computed, not how fast.
+    """
+    read = read_compressed_tensors(folder)
+    # compressed-tensors draws progress bars that no setting turns off
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        reference = float_model(read)
+        cls: Any = type(reference)
+        loaded = cls.from_pretrained(folder, dtype="float32").eval()
+    ids = token_ids(reference)
+    plan = compressed_tensors_plan(read)
+    with torch.no_grad(), redirect_stderr(io.StringIO()):
+        theirs = first_output(loaded(input_ids=ids))
+        with QuantizedModel(reference, plan):
+            ours = first_output(reference(input_ids=ids))
+            exact, worst = _layers(reference, loaded, read)
+    states = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    held = [_same(states, f"{name}.input_scale", linear.input_scale) for name, linear in read.linears.items()]
+    held += [_same(states, f"{name}.{part}_scale", value) for name, pair in read.kv.items()
+             for part, value in zip("kv", pair, strict=True)]  # fmt: skip
+    return ConsumerReport(
+        consumer=f"transformers {version('transformers')} with compressed-tensors {version('compressed-tensors')}",
+        scales_read=sum(held),
+        scales=len(held),
+        layers_exact=exact,
+        layers=len(read.linears),
+        layer_difference=worst,
+        model_difference=largest_difference(theirs, ours),
+        allowance=0.0,
+    )
+
+
+def _layers(reference: nn.Module, loaded: nn.Module, read: CompressedCheckpoint) -> tuple[int, float]:
+    exact, worst = 0, 0.0
+    generator = torch.Generator().manual_seed(0)
+    for name, linear in read.linears.items():
+        x = torch.randn(4, linear.codes.shape[1], generator=generator) * (linear.input_scale * 60)
+        difference = largest_difference(loaded.get_submodule(name)(x), reference.get_submodule(name)(x))
+        exact, worst = exact + (difference == 0), max(worst, difference)
+    return exact, worst
+
+
+def _same(states: dict[str, torch.Tensor], name: str, value: float) -> bool:
+    return name in states and float(states[name].reshape(-1)[0]) == value
+
+
+def _unequal_siblings(read: CompressedCheckpoint) -> Iterator[str]:
+    for parent in sorted({name.rpartition(".")[0] for name in read.linears}):
+        for group in FUSED:
+            held = {p: read.linears[f"{parent}.{p}"] for p in group if f"{parent}.{p}" in read.linears}
+            if len({(linear.input_scale, linear.input_zero_point) for linear in held.values()}) > 1:
+                yield f"{parent}: {', '.join(held)} are multiplied as one and have unequal scales"
+            outside = [p for p in group if f"{parent}.{p}" in read.ignored]
+            if held and outside:
+                yield f"{parent}: {', '.join(outside)} is in float, and {', '.join(held)} beside it is not"
+
+
+def _against_manifest(read: CompressedCheckpoint, manifest: ExportManifest) -> Iterator[str]:
+    if set(read.ignored) != set(manifest.in_float):
+        names = sorted(set(read.ignored) ^ set(manifest.in_float))
+        yield f"config.json: ignore and the reasons of the export disagree about {', '.join(names)}"
+    if read.floating != (manifest.variant == "fp8"):
+        yield f"config.json: is not the variant {manifest.variant} that was exported"
+    if bool(read.kv) != bool(manifest.kv_cache):
+        yield "config.json: kv_cache_scheme is not as it was exported"
+
+
+def _against_scales(read: CompressedCheckpoint, scales: ScaleFile) -> Iterator[str]:
+    architecture = (read.config.get("architectures") or [None])[0]
+    if architecture != scales.model.architecture:
+        yield f"config.json: is a {architecture}, the scales are of a {scales.model.architecture}"
+    if read.config.get("dtype") != scales.model.dtype:
+        yield f"config.json: serves in {read.config.get('dtype')}, the scales were measured in {scales.model.dtype}"
+    yield from _tokenizer(read, scales)
+    try:
+        wanted = linear_ranges(scales, read.model)
+        kv = attention_ranges(scales) if read.kv else {}
+    except ModelError as error:
+        yield str(error)
+        return
+    for name, linear in read.linears.items():
+        expected = wanted.ranges.get(name)
+        if expected is None:
+            yield f"{name}: is quantized, and the scale file says: {wanted.in_float.get(name, 'no such layer')}"
+            continue
+        if read.floating:
+            scale, point = expected.symmetric_scale(FLOAT8_MAX), 0
+        elif expected.symmetric:
+            scale, point = expected.symmetric_scale(127.5), 0
+        else:
+            scale, point = expected.asymmetric_grid()
+        if (linear.input_scale, linear.input_zero_point) != (scale, point):
+            yield (
+                f"{name}.input_scale: is {linear.input_scale:.9g} (zero point {linear.input_zero_point}), "
+                f"the scale file gives {scale:.9g} ({point})"
+            )
+        yield from _weight(read, name)
+    for name, (key, value) in read.kv.items():
+        if name not in kv or (key, value) != (_float8(kv[name].key), _float8(kv[name].value)):
+            yield f"{name}.k_scale, v_scale: are {key:.9g}, {value:.9g}, which is not what the scale file gives"
+
+
+def _weight(read: CompressedCheckpoint, name: str) -> Iterator[str]:
+    """A scale per row spans the row, so the largest code of a row is the last one of the grid."""
+    largest = read.linears[name].codes.float().abs().amax(1)
+    last = FLOAT8_MAX if read.floating else 127.0
+    short = (largest < last) & (largest > 0)
+    if short.any():
+        row = int(short.nonzero()[0])
+        yield f"{name}.weight: codes of row {row} reach {int(largest[row])}, not {int(last)}; they are of another scale"
+
+
+def _tokenizer(read: CompressedCheckpoint, scales: ScaleFile) -> Iterator[str]:
+    if scales.model.tokenizer_sha256 is None:
+        return
+    try:
+        held = tokenizer_sha256(read_checkpoint(read.folder, read.folder.name).tokenizer_files)
+    except ModelError as error:
+        yield str(error)
+        return
+    if held != scales.model.tokenizer_sha256:
+        yield "tokenizer: is not the one that the model was measured with"
+
+
+def _float8(amax: float) -> float:
+    return float(torch.tensor(amax / FLOAT8_MAX, dtype=torch.float32))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify_export`: whether an exported folder holds what it should, and whether its consumer computes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from calib.errors import ArtifactError, CalibError
+from calib.export.checks import CHECKS, consumer_of
+from calib.export.manifest import MANIFEST, changed_files, read_manifest
+from calib.export.report import Verification
+from calib.scales.file import FILE_NAME, load_scales
+from calib.schema.export import ExportManifest
+from calib.schema.scales import ScaleFile
+
+__all__ = ["verify_export"]
+
+
+def verify_export(folder: Path, consumer: str | None = None, *, run: bool = True) -> Verification:
+    """Checks files, names, shapes, dtypes and values of a folder, then loads it in a consumer.
+
+    A folder that another program wrote has no scale file to compare with: then only what the format itself demands is
+    checked.
+
+    Args:
+        folder: that `calib export` wrote, or a checkpoint of another program.
+        consumer: name of the program to run; by default the first that reads the format, if it is installed.
+        run: also run the consumer.
+
+    Raises:
+        UsageError: the consumer is unknown or does not read this format.
+        ArtifactError: the folder is no export, or cannot be read at all.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    to = manifest.to if manifest is not None else _format_of(folder)
+    program = consumer_of(to, consumer)
+    scales, problems = _scales(folder, manifest)
+    found = CHECKS[to](folder, manifest, scales)
+    found.problems = [*problems, *found.problems]
+    if manifest is not None:
+        found.problems += [f"{name}: {what}" for name, what in changed_files(folder, manifest).items()]
+    else:
+        found.not_checked.append(f"values: {folder} has no {MANIFEST}, so there is nothing to compare them with")
+    if not run or not found.passed:
+        return found
+    if program is None:
+        found.not_checked.append(f"execution: no program that reads {to} can be run here")
+    elif program.missing:
+        found.not_checked.append(f"{program.name}: is not installed; run `{program.install}`")
+    else:
+        found.consumer = program.run(folder, manifest)
+        found.problems += found.consumer.problems
+    return found
+
+
+def _scales(folder: Path, manifest: ExportManifest | None) -> tuple[ScaleFile | None, list[str]]:
+    if manifest is None and not (folder / FILE_NAME).is_file():
+        return None, []
+    try:
+        scales = load_scales(folder)
+    except CalibError as error:
+        return None, [str(error)]
+    if manifest is None:
+        return scales, []
+    problems = []
+    if scales.model.fingerprint != manifest.model_fingerprint:
+        problems.append(
+            f"{FILE_NAME}: is of another model, {scales.model.name}, than was exported, {manifest.model_name}"
+        )
+    if scales.model.dtype != manifest.dtype:
+        problems.append(f"{FILE_NAME}: was measured in {scales.model.dtype}, the export is in {manifest.dtype}")
+    return scales, problems
+
+
+def _format_of(folder: Path) -> str:
+    """What a folder without a record is."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        method = config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        method = None
+    if method in CHECKS:
+        return str(method)
+    if any(folder.glob("*.onnx")):
+        return "onnx-qdq"
+    raise ArtifactError(f"{folder}: is no export that calib can check; pass a folder that `calib export` wrote")
