@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +29,7 @@ class RowPlan:
         segment_block, segment_group: int64 ``[segments]``.
         unit_start, unit_stop: int64 ``[units]``, slices of `rows`.
         segment_units: int64 ``[segments + 1]``, slices of the units.
+        parts: the same values by modality, a plan for the tokens of each; empty unless a model has several.
     """
 
     context: Observation
@@ -39,6 +40,7 @@ class RowPlan:
     unit_start: NDArray[np.int64]
     unit_stop: NDArray[np.int64]
     segment_units: NDArray[np.int64]
+    parts: dict[str, RowPlan] = field(default_factory=dict)
 
     @classmethod
     def of(cls, context: Observation) -> RowPlan:

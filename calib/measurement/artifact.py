@@ -18,12 +18,14 @@ from safetensors.numpy import load_file, save_file
 from calib import __version__
 from calib.errors import ArtifactError
 from calib.measurement.arrays import pack, unpack
+from calib.measurement.merging import merged_gates, merged_sites, plan_gate
 from calib.measurement.site import Gate, Site, WeightSite
 from calib.output import output_folder
 from calib.schema.measurement import (
     VERSION,
     GateRecord,
     MeasurementFile,
+    ModalityRecord,
     PeakRecord,
     SiteRecord,
     WeightRecord,
@@ -31,7 +33,7 @@ from calib.schema.measurement import (
 from calib.schema.provenance import CorpusProvenance, ModelProvenance, Producer, RunProvenance
 from calib.statistics import SINK, SiteStatistics, WeightStatistics
 
-__all__ = ["ARRAYS", "RECORD", "Measurement"]
+__all__ = ["ARRAYS", "RECORD", "Measurement", "plan_gate"]
 
 RECORD, ARRAYS = "measurement.json", "measurement.safetensors"
 _QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -83,27 +85,28 @@ class Measurement:
         for what, mine, theirs in (
             ("model", self.model.fingerprint, other.model.fingerprint),
             ("corpus", self.corpus.content_sha256, other.corpus.content_sha256),
-            ("sites", list(self.sites), list(other.sites)),
             ("weights", list(self.weights), list(other.weights)),
             ("dtype", self.run.dtype, other.run.dtype),
             ("batch size", self.run.batch_size, other.run.batch_size),
             ("sink positions", self.run.sink_positions, other.run.sink_positions),
             ("statistics", self.full, other.full),
             ("protocol", self.run.protocol, other.run.protocol),
+            ("selection", self._selection, other._selection),
         ):
             if mine != theirs:
                 raise ArtifactError(f"merge: the measurements differ in {what}; merge shards of one plan only")
         shared = set(self.run.batches) & set(other.run.batches)
         if shared:
             raise ArtifactError(f"merge: batch {min(shared)} is in both measurements; each batch may count once")
-        sites = {
-            name: replace(site, statistics=site.statistics.merge(other.sites[name].statistics))
-            for name, site in self.sites.items()
-        }
+        sites = merged_sites(self.sites, other.sites)
         batches = sorted([*self.run.batches, *other.run.batches])
         seconds = [s for s in (self.run.seconds, other.run.seconds) if s is not None]
         run = self.run.model_copy(update={"batches": batches, "seconds": sum(seconds) if seconds else None})
-        return replace(self, sites=sites, run=run, gates=_merged_gates(self, other, run))
+        return replace(self, sites=sites, run=run, gates=merged_gates(self.gates, other.gates, sites, run))
+
+    @property
+    def _selection(self) -> tuple[list[str], list[str]]:
+        return self.run.sites_pattern, self.run.ignore_pattern
 
     def require_same_plan(self, model: ModelProvenance, corpus: CorpusProvenance) -> None:
         """Checks, before any work, that a model and a corpus are those measured here.
@@ -157,25 +160,33 @@ class Measurement:
         try:
             tensors = load_file(arrays)
             statistics = [SiteStatistics.from_tensors(t) for t in unpack("sites", tensors, len(record.sites))]
+            held = [(name, part) for name, r in record.sites.items() for part in r.modalities]
+            parts = [SiteStatistics.from_tensors(t) for t in unpack("parts", tensors, len(held))]
             of_weights = [WeightStatistics.from_tensors(t) for t in unpack("weights", tensors, len(record.weights))]
         except (KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
             raise ArtifactError(
                 f"{arrays}: does not hold what this version needs ({type(error).__name__}: {error}); measure again"
             ) from error
         _check_fit(record, statistics, folder / RECORD)
+        apart: dict[str, dict[str, SiteStatistics]] = {}
+        for (name, part), one in zip(held, parts, strict=True):
+            apart.setdefault(name, {})[part] = one
         sites = {
-            name: Site(name, r.kind, r.module, r.port, r.layer, r.dtype, r.channels, r.aliases, s)
+            name: Site(name, r.kind, r.module, r.port, r.layer, r.dtype, r.channels, r.aliases, s,
+                       tuple(r.order), r.heads, r.expert, r.forced, apart.get(name, {}))
             for (name, r), s in zip(record.sites.items(), statistics, strict=True)
-        }
+        }  # fmt: skip
         weights = {
             name: WeightSite(name, w.module, w.layer, w.dtype, tuple(w.tied), s)
             for (name, w), s in zip(record.weights.items(), of_weights, strict=True)
         }
-        gates = [Gate(g.name, g.passed, g.detail) for g in record.gates]
+        gates = [Gate(g.name, g.passed, g.detail, tuple(g.names)) for g in record.gates]
         return cls(sites, weights, record.model, record.corpus, record.run, gates)
 
     def _tensors(self) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+        parts = [part.to_tensors() for site in self.sites.values() for part in site.parts.values()]
         return {
+            **(pack("parts", parts) if parts else {}),
             **pack("sites", [site.statistics.to_tensors() for site in self.sites.values()]),
             **pack("weights", [weight.statistics.to_tensors() for weight in self.weights.values()]),
         }
@@ -187,7 +198,7 @@ class Measurement:
             model=self.model,
             corpus=self.corpus,
             run=self.run,
-            gates=[GateRecord(name=g.name, passed=g.passed, detail=g.detail) for g in self.gates],
+            gates=[GateRecord(name=g.name, passed=g.passed, detail=g.detail, names=list(g.names)) for g in self.gates],
             coverage=dict(sorted(coverage.items())),
             statistics="full" if self.full else "ranges",
             arrays_sha256=arrays_sha256,
@@ -264,6 +275,11 @@ def _site_record(site: Site) -> SiteRecord:
         body_amax=values.of(1 - SINK).amax,
         quantiles_abs=quantiles,
         aliases=site.aliases,
+        order=list(site.order),
+        heads=site.heads,
+        expert=site.expert,
+        forced=site.forced,
+        modalities={name: _modality_record(part) for name, part in site.parts.items()},
         peaks=[
             PeakRecord(
                 value=float(peaks.value[i]),
@@ -279,6 +295,13 @@ def _site_record(site: Site) -> SiteRecord:
     )
 
 
+def _modality_record(part: SiteStatistics) -> ModalityRecord:
+    span = part.range
+    return ModalityRecord(
+        count=span.count_all, amax=span.amax, sink_amax=span.of(SINK).amax, body_amax=span.of(1 - SINK).amax
+    )
+
+
 def _weight_record(weight: WeightSite) -> WeightRecord:
     return WeightRecord(
         module=weight.module,
@@ -289,22 +312,3 @@ def _weight_record(weight: WeightSite) -> WeightRecord:
         rms=weight.statistics.range.rms,
         tied=list(weight.tied),
     )
-
-
-def _merged_gates(first: Measurement, second: Measurement, run: RunProvenance) -> list[Gate]:
-    """A gate holds if it held in both; the plan is complete if the batches together are."""
-    merged = []
-    for mine, theirs in zip(first.gates, second.gates, strict=True):
-        if mine.name == "plan_complete":
-            merged.append(plan_gate(run))
-        else:
-            failed = [gate for gate in (mine, theirs) if not gate.passed]
-            merged.append(failed[0] if failed else mine)
-    return merged
-
-
-def plan_gate(run: RunProvenance) -> Gate:
-    """Whether all batches of the frozen plan were run."""
-    done, planned = len(run.batches), run.planned_batches
-    detail = f"{done} of {planned} batches" + ("" if done == planned else "; run and merge the others")
-    return Gate("plan_complete", done == planned, detail)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from calib.errors import GateError, ModelError, UsageError
-from calib.kernels import Kernel, make_kernel
-from calib.kernels.plan import RowPlan
-from calib.measurement.gates import every_site_fired, finite, passes_complete
+from calib.kernels import Accumulator, Kernel, make_kernel
+from calib.measurement.gates import every_expert_routed, every_site_fired, finite, passes_complete
+from calib.measurement.hooks import PortHooks
+from calib.measurement.modality import ModalityAccumulator, modality_tokens
+from calib.measurement.passes import Passes
+from calib.measurement.routed import RoutedSites
 from calib.measurement.site import Gate, Site
 from calib.measurement.tracing import Group, Tracer
 from calib.sites import Port, Selection, find_ports
-from calib.sites.attention import watch_attention
 from calib.sites.layout import to_blocks
-from calib.statistics import Observation, TokenRatio
+from calib.statistics import Observation, SiteStatistics, TokenRatio
 
 __all__ = ["Calibration"]
 
@@ -50,6 +52,10 @@ class Calibration:
         kernel: see `kernels.make_kernel`.
         threads: of the CPU kernel; torch's number by default. Results do not depend on it.
         sink_positions: how many first tokens of a row are kept apart from the rest.
+        min_expert_tokens: fewest tokens that each expert must get for its gate to hold.
+        force_experts: experts that get no token are measured too, on tokens sent to them regardless, and marked.
+        keep_cache: whether caches keep what they are given. Without, keys and values are seen on their way into a
+            cache that stays empty: for single passes over whole blocks.
 
     Raises:
         UsageError: a pattern matches nothing, an unknown kernel or kind of statistics.
@@ -66,6 +72,9 @@ class Calibration:
         kernel: str = "auto",
         threads: int | None = None,
         sink_positions: int = 4,
+        min_expert_tokens: int = 1,
+        force_experts: bool = False,
+        keep_cache: bool = True,
     ) -> None:
         if statistics not in ("full", "ranges"):
             raise UsageError(f"statistics {statistics!r}: unknown; choose full or ranges")
@@ -76,13 +85,22 @@ class Calibration:
         self.selection = Selection(sites, ignore)
         self.selection.check(self.ports)
         self.sink_positions = sink_positions
+        self.min_expert_tokens = min_expert_tokens
+        self._keep_cache = keep_cache
         device = next((p.device.type for p in model.parameters()), "cpu")
         self._kernel: Kernel = make_kernel(
             kernel, device=device, full=statistics == "full", threads=threads or torch.get_num_threads()
         )
         self._stack = ExitStack()
-        self._handles: dict[int, Any] = {}
+        self._hooks = PortHooks(model, self.ports, self._see, self._see_memory)
+        modalities = modality_tokens(model)
+        self._apart = bool(modalities)
+        self._passes = Passes(sink_positions, modalities)
+        self.routed = RoutedSites(
+            model, self.ports, self.selection, self._passes, self._accumulator, forces=force_experts
+        )
         self._tracer: Tracer | None = Tracer()
+        self._traced = False
         self._probing = False
         self._groups: list[Group] = []
         self._routes: dict[tuple[int, int], Group] = {}
@@ -90,13 +108,6 @@ class Calibration:
         self._calls: Counter[int] = Counter()
         self._fired: Counter[int] = Counter()
         self._entered = False
-        self._depth = 0
-        self._finished = True
-        self._rows = 0
-        self._annotation: dict[str, NDArray[Any]] = {}
-        self._batch: tuple[int, int] | None = None
-        self._context: Observation | None = None
-        self._plans: dict[tuple[int, int, bool], RowPlan] = {}
         self.token_ratios: dict[tuple[int, int], TokenRatio] = {}  # by port and call; a protocol's hooks fill it
         self.forwards = 0
         self.failed_forwards = 0
@@ -109,7 +120,12 @@ class Calibration:
     @property
     def context(self) -> Observation | None:
         """Tokens of the forward pass that runs: documents, groups, padding marked; None without ids, and in a probe."""
-        return None if self._probing else self._context
+        return None if self._probing else self._passes.scope.context
+
+    @property
+    def watches_cache(self) -> bool:
+        """Whether keys and values are seen only on their way into a cache, so that the model must be given one."""
+        return self._hooks.watch_cache
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -124,22 +140,10 @@ class Calibration:
 
     def _attach(self) -> None:
         """Sets all hooks; the stack takes them away again."""
-        self._stack.callback(self._remove_hooks)
-        modules = dict(self.model.named_modules())
-        reports: dict[int, dict[str, int]] = {}
-        for number, port in enumerate(self.ports):
-            if not self._needs(number):
-                continue
-            module = modules.get(port.module)
-            if module is None:
-                raise ModelError(f"{port.module}: is no longer in the model; make a new Calibration after changing it")
-            if port.port in ("query", "key", "value"):
-                reports.setdefault(id(module), {})[port.port] = number
-            elif port.port == "input":
-                self._handles[number] = module.register_forward_pre_hook(self._on_input(number), with_kwargs=True)
-            else:
-                self._handles[number] = module.register_forward_hook(self._on_output(number))
-        self._stack.enter_context(watch_attention({key: self._on_attention(parts) for key, parts in reports.items()}))
+        modules = self._hooks.attach(self._stack, self._needs, keep_cache=self._keep_cache)
+        self._stack.callback(self.routed.close)
+        for handle in self.routed.attach(modules):
+            self._stack.callback(handle.remove)
         for module in self._roots():
             for handle in (
                 module.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
@@ -154,8 +158,7 @@ class Calibration:
         self._stack.close()
         self._kernel.close()
         self._entered = False
-        if self._depth:  # torch skips the closing hooks on an interrupt, which is no `Exception`
-            self._depth = 1
+        while self._passes.depth:  # torch skips the closing hooks on an interrupt, which is no `Exception`
             self._end()
 
     def annotate(
@@ -173,7 +176,7 @@ class Calibration:
             valid: bool ``[rows, tokens]``, False on padding; read from ``attention_mask`` if it is not given.
         """
         given = {"document": document, "domain": domain, "valid": valid}
-        self._annotation = {name: array for name, array in given.items() if array is not None}
+        self._passes.annotation = {name: array for name, array in given.items() if array is not None}
 
     @contextmanager
     def probe(self) -> Iterator[None]:
@@ -185,13 +188,13 @@ class Calibration:
         Raises:
             UsageError: a forward pass was run before.
         """
-        if self._tracer is None:
+        if self._traced:
             raise UsageError("probe: the model was run before; probe first")
-        self._probing, self._tracer = True, Tracer()
+        self._probing, self._tracer, self.routed.counting = True, Tracer(), False
         try:
             yield
         finally:
-            self._probing = False
+            self._probing, self.routed.counting = False, True
 
     def sites(self) -> dict[str, Site]:
         """What was measured, by canonical name, in module order.
@@ -201,144 +204,116 @@ class Calibration:
         """
         if self.forwards == 0:
             raise GateError("calibration: no forward pass was run; call the model inside the `with` block")
-        found = []
+        found = list(self.routed.sites(self._parts))
         for group in self._groups:
             name, kind, aliases = group.named(self.ports, self._fired)
             if group.accumulator is not None:
-                port = self.ports[min(group.members, key=lambda m: (self.ports[m[0]].sort_key, m[1]))[0]]
+                first = min(group.members, key=lambda m: (self.ports[m[0]].sort_key, m[1]))
+                port = self.ports[first[0]]
                 ratios = next((self.token_ratios[m] for m in group.members if m in self.token_ratios), None)
                 result = replace(group.accumulator.result(), ratios=ratios)
-                site = Site(
-                    name, kind, port.module, port.port, port.layer, group.dtype, group.channels, aliases, result
-                )
-                found.append((port.sort_key, name, site))
-        return {name: site for _, name, site in sorted(found, key=lambda item: item[:2])}
+                part = name.partition("#")[0].rpartition(":")[2]
+                order, parts = (*port.sort_key, first[1], -1), self._parts(group.accumulator)
+                found.append(
+                    Site(name, kind, port.module, part, port.layer, group.dtype, group.channels, aliases, result,
+                         order, group.heads, parts=parts)
+                )  # fmt: skip
+        return {site.name: site for site in sorted(found, key=lambda site: (site.order, site.name))}
 
     def silent_ports(self) -> list[str]:
-        """Names of selected ports that no forward pass reached."""
-        return sorted(
-            port.name
+        """Names of selected ports that no forward pass reached, outside of a probe; padding does not count.
+
+        Experts are told by `routed`, which knows them one by one.
+        """
+        return self._unseen(self.sites() if self.forwards else {})
+
+    def _unseen(self, sites: dict[str, Site]) -> list[str]:
+        spans = {name: site.statistics.range for name, site in sites.items()}
+        empty = {name for name, span in spans.items() if not span.count_all + span.nonfinite_all}
+        return sorted(empty | {self.ports[number].name for number in self._silent()})
+
+    def _silent(self) -> set[int]:
+        """Selected ports that never fired."""
+        return {
+            number
             for number, port in enumerate(self.ports)
-            if not self._fired[number] and self.selection.keeps([port.name], port.kind)
-        )
+            if not self._fired[number] and port.axes != "routed" and self.selection.keeps([port.name], port.kind)
+        }
 
     def gates(self) -> list[Gate]:
-        """The conditions on the run itself: every site fired, all values finite, no pass broke off."""
+        """The conditions on the run itself: every site fired, experts got tokens, values are finite, passes ended."""
+        sites = self.sites()
         return [
-            every_site_fired(len(self.ports), self.silent_ports()),
-            finite(self.sites()),
+            every_site_fired(self._unseen(sites), f"{len(self.ports)} ports"),
+            every_expert_routed(self.routed.experts(), sites, self.min_expert_tokens),
+            finite(sites),
             passes_complete(self.failed_forwards),
         ]
+
+    def _accumulator(self, channels: int) -> Accumulator:
+        return ModalityAccumulator(self._kernel, channels) if self._apart else self._kernel.accumulator(channels)
+
+    def _parts(self, accumulator: Accumulator) -> dict[str, SiteStatistics]:
+        return accumulator.parts() if isinstance(accumulator, ModalityAccumulator) else {}
 
     def _roots(self) -> list[nn.Module]:
         """Modules that may be called from outside: the model, and the transformers models inside it."""
         inner = [m for m in self.model.modules() if m is not self.model and hasattr(m, "get_input_embeddings")]
         return [self.model, *inner]
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth += 1
-        if self._depth > 1:
-            return
-        self._finished = False
-        self._calls.clear()
-        self._plans.clear()
-        self._batch, self._context = None, None
-        tokens = _token_ids(args, kwargs)
-        if tokens is None:
-            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim), None)
-            rows = 0 if first is None else first.shape[0]
-        else:
-            rows = tokens.shape[0]
-            self._batch = (rows, tokens.shape[1])
-            valid = self._annotation.get("valid")
-            mask = kwargs.get("attention_mask")
-            if valid is None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == tokens.shape:
-                valid = mask.bool().cpu().numpy()
-            ids = tokens.cpu().numpy() if not tokens.is_floating_point() else np.full(self._batch, -1, np.int64)
-            self._context = Observation.of_tokens(
-                ids.astype(np.int64).reshape(self._batch),
-                document=self._documents(rows),
-                domain=self._annotation.get("domain"),
-                valid=valid,
-                sink_positions=self.sink_positions,
-            )
-        self._annotation.setdefault("document", self._documents(rows))
-        self._rows += 0 if self._probing else rows
-
-    def _documents(self, rows: int) -> NDArray[np.int64]:
-        given = self._annotation.get("document")
-        return np.arange(self._rows, self._rows + rows) if given is None else given.astype(np.int64)
+        if self._passes.begin(args, kwargs, counted=not self._probing):
+            self._calls.clear()
+            self.routed.begin_pass()
 
     def _complete(self, *_: Any) -> None:
-        if self._depth == 1:
-            self._finished = True
+        if self._passes.depth == 1:
+            self._passes.finished = True
 
-    def _end(self, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth:
+    def _end(self, *hooked: Any) -> None:
+        if not self._passes.end(hooked[-1] if hooked else None):
             return
-        self._annotation = {}
-        if not self._finished:
+        if not self._passes.finished:
             self.failed_forwards += not self._probing
-            if self._tracer is not None:  # half a pass tells nothing about who sees what: begin anew
-                self._tracer = Tracer()
-            else:
-                self._fired |= self._calls
+        if not self._passes.finished and not self._traced:  # half a pass tells nothing about who sees what: begin anew
+            self._tracer = Tracer()
             return
         self._fired |= self._calls
-        self.forwards += not self._probing
+        self.forwards += self._passes.finished and not self._probing
         if self._tracer is not None:
             self._freeze(self._tracer)
+        # what has not fired yet may do so in any pass, and share its tensor with something known
+        self._tracer = Tracer(first=False) if self._silent() else None
 
     def _freeze(self, tracer: Tracer) -> None:
         """Keeps one port per tensor, the first to see it, and drops the hooks of all others."""
-        self._tracer = None
+        self._traced = True
         for group in tracer.groups:
             name, kind, aliases = group.named(self.ports, self._fired)
             # patterns see names without the call
             names = [n.partition("#")[0] for n in (name, *aliases)]
             if self.selection.keeps(names, kind, aliases.values()):
-                group.accumulator = group.accumulator or self._kernel.accumulator(group.channels)
+                group.accumulator = group.accumulator or self._accumulator(group.channels)
                 self._groups.append(group)
                 self._routes[group.members[0]] = group
                 self._measuring.add(group.members[0][0])
-        if not self._groups:
+        self._tracer = None
+        if tracer.first and not self._groups and not self.routed.wanted:
             raise GateError("--sites/--ignore: no tensor of this model is left to measure; widen the patterns")
-        for number in [n for n in self._handles if not self._needs(n)]:
-            self._handles.pop(number).remove()
+        self._hooks.drop(self._needs)
 
     def _needs(self, number: int) -> bool:
         """Whether a port must be watched: until the first pass all are, then those that measure or never fired."""
-        return self._tracer is not None or not self._fired[number] or number in self._measuring
+        return not self._traced or not self._fired[number] or number in self._measuring
 
-    def _on_input(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor = args[0] if args else next((v for v in kwargs.values() if isinstance(v, torch.Tensor)), None)
+    def _see_memory(self, number: int, tensor: Any) -> None:
+        """A port of what a decoder attends to: its rows are the encoder's tokens."""
+        scope = self._passes.scope
+        self._passes.scope = scope.memory[1] if scope.memory is not None else scope
+        try:
             self._see(number, tensor)
-
-        return hook
-
-    def _on_output(self, number: int) -> Callable[..., None]:
-        index = self.ports[number].index
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, tuple | list):
-                output = output[index] if index < len(output) else None
-            self._see(number, output)
-
-        return hook
-
-    def _on_attention(self, parts: dict[str, int]) -> Callable[[str, torch.Tensor], None]:
-        def report(part: str, tensor: torch.Tensor) -> None:
-            if part in parts:
-                self._see(parts[part], tensor)
-
-        return report
+        finally:
+            self._passes.scope = scope
 
     def _see(self, number: int, tensor: Any) -> None:
         """One port has a tensor: measure it, unless another port already did."""
@@ -351,67 +326,59 @@ class Calibration:
                 f"{self.ports[number].name}: float64 activations are not supported, their extremes would be rounded; "
                 "load the model in float32"
             )
-        view, aligned = to_blocks(tensor, self.ports[number].axes, self._batch)
-        if self._tracer is not None:
-            group, new = self._tracer.find((number, call), tensor, view)
-            if not new or self._probing:
+        group = self._routes.get((number, call))
+        if group is None and self._tracer is None:
+            if call < self._fired[number]:
                 return
-            group.accumulator = self._kernel.accumulator(group.channels)
-        else:
-            known = self._routes.get((number, call))
-            if known is None:
-                if call >= self._fired[number]:
-                    self._take_late(number, call, tensor, view)
-                known = self._routes.get((number, call))
-                if known is None:
-                    return
-            group = known
+            self._tracer = Tracer(first=False)  # more calls than ever before
+        view, aligned = to_blocks(tensor, self.ports[number].axes, self._passes.scope.batch)
+        if self._tracer is not None:
+            if self._reads_memory(number, tensor):
+                self._calls[number] -= 1
+                self._see_memory(number, tensor)
+                return
+            group = self._trace(self._tracer, (number, call), tensor, view, group)
+            if group is None:
+                return
+        assert group is not None
         if view.shape[-1] != group.channels:
             raise ModelError(
                 f"{self.ports[number].name}: had {group.channels} channels and now has {view.shape[-1]}; "
                 "leave it out with --ignore"
             )
         assert group.accumulator is not None
-        group.accumulator.update(view, self._plan(view, aligned=aligned))
+        if not aligned and self.routed.rows.active:
+            rows = self.routed.rows.rows_of(tensor)
+            view = view.reshape(1, -1, view.shape[-1])
+            group.accumulator.update(view, self.routed.plan_of(rows, view.shape[1]))
+        else:
+            group.accumulator.update(view, self._passes.scope.plan(*view.shape[:2], aligned=aligned))
 
-    def _take_late(self, number: int, call: int, tensor: torch.Tensor, view: torch.Tensor) -> None:
-        """A port fires for the first time, or more often than ever, after the first pass: a tensor of its own."""
+    def _reads_memory(self, number: int, tensor: torch.Tensor) -> bool:
+        """Whether a port sees what a decoder attends to: a projection of it, its result, keys and values made of it."""
+        memory = self._passes.scope.memory
+        if memory is None:
+            return False
         port = self.ports[number]
-        if self.selection.keeps([port.name], port.kind):
-            group = Group(
-                [(number, call)],
-                self._kernel.accumulator(view.shape[-1]),
-                str(tensor.dtype).removeprefix("torch."),
-                view.shape[-1],
-            )
-            self._groups.append(group)
-            self._routes[number, call] = group
-            self._measuring.add(number)
+        if port.port == "input" and tensor.untyped_storage() is memory[0].untyped_storage():
+            self._hooks.memory |= {n for n, p in enumerate(self.ports) if p.module == port.module}
+        elif port.port in ("key", "value"):
+            inside = f"{port.module}."
+            if any(self.ports[n].module.startswith(inside) for n in self._hooks.memory):
+                self._hooks.memory.add(number)
+        return number in self._hooks.memory
 
-    def _plan(self, view: torch.Tensor, *, aligned: bool) -> RowPlan:
-        """The row plan of a layout, made once per forward pass."""
-        blocks, tokens = view.shape[:2]
-        key = (blocks, tokens, aligned)
-        plan = self._plans.get(key)
-        if plan is None:
-            if aligned and self._context is not None:
-                context = self._context
-            else:
-                context = Observation.of_shape(blocks, tokens)
-                documents = self._annotation.get("document")
-                if documents is not None and documents.size == blocks:
-                    domain = self._annotation.get("domain", context.domain)
-                    context = Observation(context.group, documents, domain, context.token_id)
-            plan = self._plans[key] = RowPlan.of(context)
-        return plan
-
-
-def _token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Token ids ``[rows, tokens]`` of a forward pass, or embeddings in their place."""
-    for name in ("input_ids", "decoder_input_ids", "inputs_embeds"):
-        value = kwargs.get(name)
-        if isinstance(value, torch.Tensor):
-            return value if value.ndim == 2 else value[..., 0]
-    if args and isinstance(args[0], torch.Tensor) and args[0].ndim == 2 and not args[0].is_floating_point():
-        return args[0]
-    return None
+    def _trace(
+        self, tracer: Tracer, seen: tuple[int, int], tensor: torch.Tensor, view: torch.Tensor, known: Group | None
+    ) -> Group | None:
+        """The group to measure a tensor for, while it is found out who sees what; None if another port did already."""
+        number, call = seen
+        if known is None and self._traced and call < self._fired[number]:
+            return None
+        group, new = tracer.find(seen, tensor, view, known)
+        if known is None and new and self.ports[number].axes == "heads" and tensor.ndim == 4:
+            group.heads = tensor.shape[1]
+        if self._probing or not (new or known is not None):
+            return None
+        group.accumulator = group.accumulator or self._accumulator(group.channels)
+        return group

@@ -21,7 +21,7 @@ from calib.errors import ArtifactError, GateError, UsageError
 from calib.measurement.artifact import Measurement, plan_gate
 from calib.measurement.calibration import Calibration
 from calib.measurement.failure import explained
-from calib.measurement.head import can_skip_head, takes_cache, without_head
+from calib.measurement.head import can_skip_head, evaluating, takes_cache, without_head
 from calib.measurement.weights import measure_weights
 from calib.models import OpenedModel, check_token_ids
 from calib.schema.provenance import RunProvenance
@@ -49,6 +49,8 @@ class MeasureOptions:
         sink_positions: first tokens of a row that are kept apart.
         shard: (i, n): only every n-th batch of the plan, from the i-th on; merging all shards gives the whole.
         weights: measure the weights too.
+        min_expert_tokens: fewest tokens that each expert must get for its gate to hold.
+        force_experts: experts without tokens are measured on some that are sent to them, and marked.
         protocol: recorded.
         command: recorded.
     """
@@ -62,6 +64,8 @@ class MeasureOptions:
     sink_positions: int = 4
     shard: tuple[int, int] = (0, 1)
     weights: bool = True
+    min_expert_tokens: int = 1
+    force_experts: bool = False
     protocol: str | None = None
     command: str = "calib.measure"
 
@@ -79,7 +83,7 @@ def measure(
     """Runs a model over a corpus once and returns everything that was seen.
 
     Args:
-        opened: the model; used in evaluation mode, without gradients, cache or language-model head.
+        opened: the model; used in evaluation mode, without gradients, stored cache or language-model head.
         blocks: the corpus.
         options: how to measure.
         progress: called with (tokens done, tokens in all) after each batch.
@@ -108,12 +112,15 @@ def measure(
         kernel=options.kernel,
         threads=options.threads,
         sink_positions=options.sink_positions,
+        min_expert_tokens=options.min_expert_tokens,
+        force_experts=options.force_experts,
+        keep_cache=False,
     )
     started, begin = datetime.now(UTC), time.perf_counter()
     total = int(sum(blocks.lengths[plan[i]].sum() for i in mine))
     done, run = 0, []
     head = without_head(model) if can_skip_head(model, device) else nullcontext()
-    with torch.no_grad(), head, calibration, around(calibration) if around else nullcontext():
+    with torch.no_grad(), evaluating(model), head, calibration, around(calibration) if around else nullcontext():
         with calibration.probe():  # of the whole plan's first row, so that all shards find the same aliases
             _forward(opened, calibration, blocks, plan[0][:1], device, width=_PROBE_TOKENS)
         for index in mine:
@@ -145,6 +152,8 @@ def measure(
         ignore_pattern=list(options.ignore),
         versions=_versions(),
         protocol=options.protocol,
+        min_expert_tokens=options.min_expert_tokens,
+        force_experts=options.force_experts,
     )
     sites = calibration.sites()
     gates = [*calibration.gates(), plan_gate(provenance)]
@@ -204,7 +213,7 @@ def _forward(
     if not valid.all():
         inputs["attention_mask"] = torch.from_numpy(valid.astype(np.int64)).to(device)
     if takes_cache(opened.model):
-        inputs["use_cache"] = False
+        inputs["use_cache"] = calibration.watches_cache
     with explained(opened, ids.shape):
         opened.model(**inputs)
 

@@ -3,25 +3,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from calib.measurement.site import Gate, Site
 
-__all__ = ["every_site_fired", "finite", "passes_complete"]
+__all__ = ["every_expert_routed", "every_site_fired", "expert_tokens", "finite", "passes_complete"]
 
 _SHOWN = 5
+_EXPERT = re.compile(r"(.*\bexperts\.(?:expert_)?\d+)\.[^:]*:")
 
 
-def every_site_fired(ports: int, silent: Sequence[str]) -> Gate:
-    """Whether every selected port was reached; `silent` are the names of those that were not."""
+def every_site_fired(silent: Sequence[str], ports: str) -> Gate:
+    """Whether every selected port was reached.
+
+    Args:
+        silent: names of those that were not.
+        ports: what to say if all were.
+    """
     if not silent:
-        return Gate("every_site_fired", True, f"{ports} ports")
-    shown = ", ".join(silent[:_SHOWN]) + (f" and {len(silent) - _SHOWN} more" if len(silent) > _SHOWN else "")
+        return Gate("every_site_fired", True, ports)
     return Gate(
         "every_site_fired",
         False,
-        f"never reached: {shown}; leave them out with --ignore, or use data that reaches them",
+        f"never reached: {_shown(silent)}; leave them out with --ignore, or use data that reaches them",
+        tuple(silent),
     )
+
+
+def every_expert_routed(known: Iterable[str], sites: Mapping[str, Site], fewest: int) -> Gate:
+    """Whether every expert got enough tokens; those that came by force do not count.
+
+    Args:
+        known: experts that may have no site, as ``module@expert``.
+        sites: what was measured; experts that are modules of their own are found there.
+        fewest: tokens that an expert must get.
+    """
+    tokens = dict.fromkeys(known, 0) | expert_tokens(sites)
+    poor = {name: count for name, count in tokens.items() if count < fewest}
+    if not poor:
+        return Gate("every_expert_routed", True, f"{len(tokens)} experts" if tokens else "no experts")
+    forced = {f"{site.module}@{site.expert}" for site in sites.values() if site.forced}
+    listed = [f"{name} ({count} tokens{', measured by force' * (name in forced)})" for name, count in poor.items()]
+    return Gate(
+        "every_expert_routed",
+        False,
+        f"fewer than {fewest} tokens: {_shown(listed)}; use more or other data, --min-expert-tokens, or --ignore",
+        tuple(poor),
+    )
+
+
+def expert_tokens(sites: Mapping[str, Site]) -> dict[str, int]:
+    """Tokens that each expert got by routing, by its first tensor: ``module@expert``, or the name of its own module."""
+    first: dict[str, str] = {}
+    tokens: dict[str, int] = {}
+    for site in sites.values():
+        span = site.statistics.range
+        count = (span.count_all + span.nonfinite_all) // max(1, site.channels)
+        for expert, tensor in _experts_of(site):
+            if first.setdefault(expert, tensor) == tensor:
+                tokens[expert] = tokens.get(expert, 0) + (0 if site.forced else count)
+    return tokens
+
+
+def _experts_of(site: Site) -> Iterator[tuple[str, str]]:
+    """Experts that a site is of, each with the name of the tensor without the call."""
+    if site.expert is not None:
+        yield f"{site.module}@{site.expert}", site.port
+        return
+    for name in dict.fromkeys([site.name, *site.aliases]):
+        found = _EXPERT.match(name)
+        if found is not None and name.partition("#")[0].endswith(":input"):
+            yield found[1], name.partition("#")[0]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def finite(sites: Mapping[str, Site]) -> Gate:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from calib.statistics.site import SiteStatistics
 from calib.statistics.weights import WeightStatistics
@@ -16,7 +16,7 @@ class Site:
     """One tensor position of a model and its statistics.
 
     Attributes:
-        name: ``fqn:port``, with ``#call`` where a module is used several times in one forward pass.
+        name: ``fqn:port``, with ``#call`` where a module is used several times in one forward pass, and ``@expert``.
         kind: what the tensor is, see `sites.KINDS`.
         module, port: the two halves of the name.
         layer: index of the block, if it is in one.
@@ -25,6 +25,11 @@ class Site:
         aliases: other names of the same tensor -> the kind under that name. Its own name is among them where that
             makes it of another kind: the input of a projection that is named for the norm it comes from.
         statistics: all that was kept.
+        order: where it stands in the model: module, port, call, expert. Sites of shards are merged in this order.
+        heads: how many heads the channels of a query, key or value are; ``[heads, dim]`` in this order.
+        expert: index of the expert, if it is of one.
+        forced: no token was routed to this expert; these are values of tokens that were sent to it regardless.
+        parts: the statistics of each modality, where the model has several; `statistics` is of all of them.
     """
 
     name: str
@@ -36,6 +41,11 @@ class Site:
     channels: int
     aliases: dict[str, str]
     statistics: SiteStatistics
+    order: tuple[int, ...] = ()
+    heads: int | None = None
+    expert: int | None = None
+    forced: bool = False
+    parts: dict[str, SiteStatistics] = field(default_factory=dict)
 
     @property
     def kinds(self) -> set[str]:
@@ -58,8 +68,9 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition that must hold before scales are written."""
+    """A condition that must hold before scales are written. `names` are all that it failed for, `detail` shows some."""
 
     name: str
     passed: bool
     detail: str
+    names: tuple[str, ...] = ()

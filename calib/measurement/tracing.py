@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ports see the same tensor. Worked out in the first forward pass and frozen.
+"""Which ports see the same tensor. Worked out in the first forward pass and frozen; what fires later is traced later.
 
 Two ports see one tensor if they see the same elements of the same storage in the same state: equal storage, offset,
 shape, strides and version. A storage is known by its Python object, which lives as long as the storage itself and is
@@ -32,6 +32,7 @@ class Group:
     accumulator: Accumulator | None
     dtype: str
     channels: int
+    heads: int | None = None
 
     def named(self, ports: list[Port], calls: dict[int, int]) -> tuple[str, str, dict[str, str]]:
         """Canonical name, kind, and aliases with their kinds; the own name is among them if its own kind is another.
@@ -58,18 +59,25 @@ class Group:
 
 @dataclass
 class Tracer:
-    """The groups of one forward pass, in the order of their first sight."""
+    """The groups of one forward pass, in the order of their first sight.
 
+    Attributes:
+        groups: all of them in the first pass; later those that were not known before.
+        first: whether nothing is known yet.
+    """
+
+    first: bool = True
     groups: list[Group] = field(default_factory=list)
     _known: dict[Hashable, tuple[weakref.ref[torch.UntypedStorage], Group]] = field(default_factory=dict)
 
-    def find(self, call: Call, raw: torch.Tensor, view: torch.Tensor) -> tuple[Group, bool]:
+    def find(self, call: Call, raw: torch.Tensor, view: torch.Tensor, known: Group | None = None) -> tuple[Group, bool]:
         """The group of a tensor, and whether it is new.
 
         Args:
             call: who sees it.
             raw: the tensor as the module has it.
             view: the same in the layout ``[blocks, tokens, channels]``; a copy if strides did not allow a view.
+            known: its group, if an earlier pass found it.
         """
         storage = raw.untyped_storage()
         seen = view if view.untyped_storage() is storage else raw
@@ -77,9 +85,12 @@ class Tracer:
         key = (storage.data_ptr(), seen.storage_offset(), tuple(seen.shape), seen.stride(), version)
         if key in self._known:
             alive, group = self._known[key]
-            if alive() is storage:
+            if alive() is storage and known is None:
                 group.members.append(call)
                 return group, False
+        if known is not None:
+            self._known[key] = (weakref.ref(storage), known)
+            return known, False
         group = Group([call], None, str(raw.dtype).removeprefix("torch."), view.shape[-1])
         self._known[key] = (weakref.ref(storage), group)
         self.groups.append(group)

@@ -176,7 +176,7 @@ class _Planner:
         """Quantizers of keys and values, and where they cannot be had."""
         if mode == "none":
             return {}, {}
-        ports = [p for p in find_ports(self.model) if p.kind in ("key", "value")]
+        ports = [p for p in find_ports(self.model) if p.kind in ("key", "value") and not p.cached]
         found: dict[str, dict[str, TensorQuantizer]] = {}
         # a block without a declared attention is named itself: it may hold an undeclared one, or none
         holders = [*self.structure.attentions]

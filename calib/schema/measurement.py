@@ -9,10 +9,19 @@ from pydantic import Field
 
 from calib.schema.provenance import CorpusProvenance, ModelProvenance, Producer, RunProvenance, Strict
 
-__all__ = ["FORMAT", "VERSION", "GateRecord", "MeasurementFile", "PeakRecord", "SiteRecord", "WeightRecord"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "GateRecord",
+    "MeasurementFile",
+    "ModalityRecord",
+    "PeakRecord",
+    "SiteRecord",
+    "WeightRecord",
+]
 
 FORMAT = "calib.measurement"
-VERSION = "1.0"
+VERSION = "1.1"
 
 
 class PeakRecord(Strict):
@@ -23,6 +32,15 @@ class PeakRecord(Strict):
     position: int
     channel: int
     token_id: int = Field(description="-1 if there is no token; texts are never stored")
+
+
+class ModalityRecord(Strict):
+    """The tokens of one modality at one site; the statistics in full are in the arrays."""
+
+    count: int = Field(description="Finite values")
+    amax: float
+    sink_amax: float
+    body_amax: float
 
 
 class SiteRecord(Strict):
@@ -48,6 +66,13 @@ class SiteRecord(Strict):
         description="Names of the same tensor -> kind there; its own only if that is another"
     )
     peaks: list[PeakRecord]
+    order: list[int] = Field(default=[], description="Place in the model: module, port, call, expert")
+    heads: int | None = Field(default=None, description="Heads of a query, key or value; its channels are [heads, dim]")
+    expert: int | None = None
+    forced: bool = Field(default=False, description="No token was routed to this expert; tokens were sent to it")
+    modalities: dict[str, ModalityRecord] = Field(
+        default={}, description="text, image, video, audio apart, where the model has several"
+    )
 
 
 class WeightRecord(Strict):
@@ -68,6 +93,7 @@ class GateRecord(Strict):
     name: str
     passed: bool
     detail: str
+    names: list[str] = Field(default=[], description="All that it failed for; `detail` shows some")
 
 
 class MeasurementFile(Strict):

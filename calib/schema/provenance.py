@@ -97,3 +97,5 @@ class RunProvenance(Strict):
     ignore_pattern: list[str]
     versions: dict[str, str]
     protocol: str | None = None
+    min_expert_tokens: int = Field(default=1, description="Fewest tokens of an expert for its gate to hold")
+    force_experts: bool = Field(default=False, description="Experts without tokens were measured on some, and marked")

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from calib.errors import ModelError
+from calib.sites.cache import calls_attention_interface, updates_cache
+from calib.sites.experts import bank_ports, find_banks
 from calib.sites.port import Axes, Port
 from calib.sites.structure import Block, Structure, is_activation, is_norm, is_projection, output_width
 
@@ -22,7 +24,8 @@ def find_ports(model: nn.Module) -> list[Port]:
         ModelError: nothing that could be measured was found.
     """
     structure = Structure.of(model)
-    ports = {(port.name, port.kind): port for port in _ports(model, structure)}
+    found = [*_ports(model, structure), *bank_ports(find_banks(model), structure)]
+    ports = {(port.name, port.kind, port.axes == "routed"): port for port in found}
     if not ports:
         raise ModelError(
             f"{type(model).__name__}: no linear layer, convolution, norm or block was found; "
@@ -44,9 +47,16 @@ def _ports(model: nn.Module, structure: Structure) -> Iterator[Port]:
     for block in structure.blocks:
         yield from _block_ports(block, structure, port)
     for name in structure.attentions:
-        if _calls_attention_interface(modules[name]):
+        attends, caches = calls_attention_interface(modules[name]), updates_cache(modules[name])
+        if attends:
             for part in ("query", "key", "value"):
                 yield port(name, part, part, axes="heads")
+        if caches and attends and hasattr(modules[name], "kv_lora_rank"):  # it keeps a latent, not what it attends to
+            for part in ("cache_key", "cache_value"):
+                yield port(name, part, "kv_cache", axes="heads")
+        elif caches and not attends:
+            for part in ("key", "value"):
+                yield port(name, part, part, axes="heads", cached=True)
     for name, (_, index) in structure.routers.items():
         yield port(name, "output", "router", index=index)
     yield from _module_ports(modules, structure, port)
@@ -54,6 +64,7 @@ def _ports(model: nn.Module, structure: Structure) -> Iterator[Port]:
 
 def _module_ports(modules: dict[str, nn.Module], structure: Structure, port: Any) -> Iterator[Port]:
     """Norms, projections and activation functions, wherever they are."""
+    fused = {bank.module for bank in find_banks(modules[""])}  # their activation is called once per expert
     for name, module in modules.items():
         inside = structure.block_of(name) is not None
         if is_norm(module):
@@ -66,7 +77,7 @@ def _module_ports(modules: dict[str, nn.Module], structure: Structure, port: Any
             yield port(name, "input", "linear_input", axes=axes)
             if name != structure.head:
                 yield port(name, "output", "linear_output", axes=axes)
-        elif is_activation(module) and inside:
+        elif is_activation(module) and inside and name.rpartition(".")[0] not in fused:
             yield port(name, "input", "gate")
 
 
@@ -132,17 +143,3 @@ def _after_blocks(name: str, structure: Structure) -> bool:
     parent = name.rpartition(".")[0]
     before = [b for b in structure.blocks if b.name.startswith(parent + "." if parent else "")]
     return bool(before) and structure.order[name] > max(structure.order[b.name] for b in before)
-
-
-def _calls_attention_interface(module: nn.Module) -> bool:
-    """Whether a forward dispatches through transformers' attention interface, where query, key and value can be seen.
-
-    Read from the compiled code's names, through decorators: 94 modeling files compute attention inline instead.
-    """
-    forward: Any = type(module).forward
-    while forward is not None:
-        code = getattr(forward, "__code__", None)
-        if code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} & set(code.co_names):
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False

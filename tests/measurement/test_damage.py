@@ -73,7 +73,7 @@ def test_what_was_written_is_read(folder: Path, whole: Measurement) -> None:
 @pytest.mark.parametrize("version", ["2.0", "10.1", "0.9", "", None])
 def test_another_major_version_is_refused(folder: Path, version: str | None) -> None:
     edit(folder, lambda record: record.update(version=version))
-    assert "this calib reads 1.0; update calib" in refused(folder)
+    assert "this calib reads 1.1; update calib" in refused(folder)
 
 
 def test_a_newer_minor_version_of_the_same_fields_is_read(folder: Path, whole: Measurement) -> None:
@@ -173,11 +173,10 @@ def test_what_is_unlike_does_not_merge(whole: Measurement, llama: OpenedModel, b
     assert first.merge(second).passed
     other_model = second.model.model_copy(update={"config_sha256": "0" * 64})
     other_corpus = second.corpus.model_copy(update={"content_sha256": "0" * 64})
-    name, *_ = second.sites
     for other, what in (
         (replace(second, model=other_model), "model"),
         (replace(second, corpus=other_corpus), "corpus"),
-        (replace(second, sites={n: s for n, s in second.sites.items() if n != name}), "sites"),
+        (replace(second, run=second.run.model_copy(update={"sites_pattern": ["residual"]})), "selection"),
         (replace(second, weights=whole.weights), "weights"),
         (replace(second, run=second.run.model_copy(update={"dtype": "bfloat16"})), "dtype"),
         (replace(second, run=second.run.model_copy(update={"batch_size": 1})), "batch size"),
@@ -187,6 +186,10 @@ def test_what_is_unlike_does_not_merge(whole: Measurement, llama: OpenedModel, b
             first.merge(other)
     with pytest.raises(ArtifactError, match="batch 0 is in both"):
         first.merge(first)
+    name, site = next(iter(second.sites.items()))
+    for change in ({"channels": 7}, {"dtype": "float16"}):
+        with pytest.raises(ArtifactError, match=f"^merge: {name} has "):
+            first.merge(replace(second, sites={**second.sites, name: replace(site, **change)}))
 
 
 def test_measurements_of_two_models_do_not_merge(whole: Measurement, tiny_gpt2: Path, blocks: TokenBlocks) -> None:

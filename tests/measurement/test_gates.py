@@ -71,7 +71,7 @@ def test_a_module_that_never_runs_closes_the_gate_of_a_measurement(tiny_llama: P
 
 
 def test_many_silent_ports_are_counted() -> None:
-    gate = every_site_fired(20, [f"p{i}" for i in range(9)])
+    gate = every_site_fired([f"p{i}" for i in range(9)], "20 ports")
     assert gate.detail.startswith("never reached: p0, p1, p2, p3, p4 and 4 more;")
 
 
