@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from calib.export import (  # noqa: F401 - each registers its format
     check_compressed_tensors,
+    check_onnx,
     compressed_tensors,
+    onnx_qdq,
 )
 from calib.export.compressed_tensors import CheckpointSummary, write_checkpoint
 from calib.export.formats import FORMATS, Format

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from calib.quantized import QuantizedModel
 from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.export import ExportManifest
 from calib.schema.scales import ScaleFile
+
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
 
 __all__ = ["check_compressed_tensors"]
 
@@ -50,7 +53,9 @@ def check_compressed_tensors(folder: Path, manifest: ExportManifest | None, scal
     packages=("transformers", "compressed_tensors"),
     install="pip install 'transformers>=5.6' compressed-tensors",
 )
-def run_transformers(folder: Path, manifest: ExportManifest | None) -> ConsumerReport:
+def run_transformers(
+    folder: Path, manifest: ExportManifest | None = None, model: OpenedModel | None = None
+) -> ConsumerReport:
     """Loads a checkpoint with transformers and compares it, bit for bit, with calib's quantized model.
 
     transformers multiplies rounded values in floating point: it proves what is computed, not how fast.

@@ -7,16 +7,20 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calib.errors import UsageError
 from calib.export.report import ConsumerReport, Verification
 from calib.schema.export import ExportManifest
 from calib.schema.scales import ScaleFile
 
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
+
 __all__ = ["CHECKS", "CONSUMERS", "Check", "Consumer", "checks", "consumer", "consumer_of"]
 
 Check = Callable[[Path, ExportManifest | None, ScaleFile | None], Verification]
-Run = Callable[[Path, ExportManifest | None], ConsumerReport]
+Run = Callable[[Path, ExportManifest | None, "OpenedModel | None"], ConsumerReport]
 
 CHECKS: dict[str, Check] = {}
 """Format -> what looks at its files, without a consumer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calib.errors import ArtifactError, CalibError
 from calib.export.checks import CHECKS, consumer_of
@@ -14,10 +15,15 @@ from calib.scales.file import FILE_NAME, load_scales
 from calib.schema.export import ExportManifest
 from calib.schema.scales import ScaleFile
 
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
+
 __all__ = ["verify_export"]
 
 
-def verify_export(folder: Path, consumer: str | None = None, *, run: bool = True) -> Verification:
+def verify_export(
+    folder: Path, consumer: str | None = None, *, model: OpenedModel | None = None, run: bool = True
+) -> Verification:
     """Checks files, names, shapes, dtypes and values of a folder, then loads it in a consumer.
 
     A folder that another program wrote has no scale file to compare with: then only what the format itself demands is
@@ -26,6 +32,7 @@ def verify_export(folder: Path, consumer: str | None = None, *, run: bool = True
     Args:
         folder: that `calib export` wrote, or a checkpoint of another program.
         consumer: name of the program to run; by default the first that reads the format, if it is installed.
+        model: the float model; whole-model outputs of a graph are then compared with calib's quantized model.
         run: also run the consumer.
 
     Raises:
@@ -50,7 +57,7 @@ def verify_export(folder: Path, consumer: str | None = None, *, run: bool = True
     elif program.missing:
         found.not_checked.append(f"{program.name}: is not installed; run `{program.install}`")
     else:
-        found.consumer = program.run(folder, manifest)
+        found.consumer = program.run(folder, manifest, model)
         found.problems += found.consumer.problems
     return found
 

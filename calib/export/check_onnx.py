@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks an `onnx-qdq` folder against its scale file, and runs it in ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calib.errors import ModelError
+from calib.export.checks import checks, consumer
+from calib.export.compare import largest_difference, paired_speed
+from calib.export.linears import linear_ranges
+from calib.export.onnx_emulate import float_twin, layer_model, layer_outputs, layer_rows, reference_output, token_feed
+from calib.export.onnx_lint import integer_layers, session
+from calib.export.onnx_qdq import FILE
+from calib.export.read_onnx import QdqGraph, QdqLinear, read_onnx
+from calib.export.report import ConsumerReport, Verification
+from calib.schema.export import ExportManifest
+from calib.schema.scales import ScaleFile
+
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
+
+__all__ = ["check_onnx_qdq", "run_onnxruntime", "run_openvino"]
+
+LAYER_ALLOWANCE = 2.0**-20
+"""Of one layer, relative to its largest output: int32 sums are exact, what is left is one float32 multiplication and
+addition, in another order."""
+MODEL_ALLOWANCE = 0.02
+"""Of the whole model: a value on the boundary of two codes takes the other one where a float sum before it was added in
+another order, and one code is 1/254 of a range. Measured: up to 0.006."""
+
+
+@checks("onnx-qdq")
+def check_onnx_qdq(folder: Path, manifest: ExportManifest | None, scales: ScaleFile | None) -> Verification:
+    """Every quantized product, and, with a scale file, its numbers."""
+    read = read_onnx(_file(folder))
+    found = Verification("onnx-qdq", read.scales - len(read.problems), read.scales, list(read.problems))
+    modules = {name.partition("#")[0] for name in read.linears}
+    if manifest is not None:
+        missing = [name for name in manifest.quantized if name not in modules]
+        found.scales += 2 * len(missing)
+        found.problems += [f"{name}: is not quantized in the graph" for name in missing]
+        found.problems += [
+            f"{name}: is quantized, and was exported in float" for name in modules & {*manifest.in_float}
+        ]
+    elif not read.linears:
+        found.problems.append(f"{FILE}: holds no quantized matrix product")
+    if scales is not None:
+        found.problems += _against_scales(read, scales)
+    return found
+
+
+@consumer(
+    "onnxruntime",
+    formats=("onnx-qdq",),
+    packages=("onnx", "onnxruntime"),
+    install="pip install 'calib[onnx]'",
+)
+def run_onnxruntime(folder: Path, manifest: ExportManifest | None, model: OpenedModel | None) -> ConsumerReport:
+    """Each layer on its own, the whole graph, its speed, and which layers run in integers."""
+    read = read_onnx(_file(folder))
+
+    def layer(linear: QdqLinear, x: Any) -> Any:
+        return session(layer_model(read, linear).SerializeToString(), threads=1).run(None, {linear.source: x})[0]
+
+    whole, twin = session(_file(folder), threads=1), session(float_twin(read).SerializeToString(), threads=1)
+    return _report(
+        f"onnxruntime {version('onnxruntime')}",
+        read,
+        layer,
+        lambda feed: whole.run(None, feed)[0],
+        lambda feed: twin.run(None, feed)[0],
+        model,
+        len(integer_layers(_file(folder))),
+    )
+
+
+@consumer(
+    "openvino",
+    formats=("onnx-qdq", "openvino"),
+    packages=("onnx", "onnxruntime", "openvino"),
+    install="pip install 'calib[onnx,openvino]'",
+)
+def run_openvino(folder: Path, manifest: ExportManifest | None, model: OpenedModel | None) -> ConsumerReport:
+    """The same in OpenVINO, on one thread, with float32 for what is not quantized."""
+    from calib.export.openvino_run import compiled, integer_products
+
+    read = read_onnx(_file(folder))
+    whole, twin = compiled(_file(folder)), compiled(float_twin(read).SerializeToString())
+
+    def layer(linear: QdqLinear, x: Any) -> Any:
+        return compiled(layer_model(read, linear).SerializeToString())({linear.source: x})[0]
+
+    return _report(
+        f"openvino {version('openvino')}",
+        read,
+        layer,
+        lambda feed: whole(feed)[0],
+        lambda feed: twin(feed)[0],
+        model,
+        integer_products(whole),
+    )
+
+
+def _report(
+    name: str, read: QdqGraph, layer: Any, whole: Any, twin: Any, model: OpenedModel | None, integer: int
+) -> ConsumerReport:
+    exact, worst = 0, 0.0
+    for linear in read.linears.values():
+        x = layer_rows(linear)
+        difference = largest_difference(layer(linear, x), layer_outputs(linear, x))
+        exact, worst = exact + (difference <= LAYER_ALLOWANCE), max(worst, difference)
+    feed = token_feed(read)
+    difference = largest_difference(whole(feed), reference_output(read, feed, model))
+    feed = token_feed(read, rows=1, tokens=128)
+    return ConsumerReport(
+        consumer=name,
+        scales_read=read.scales - len(read.problems),
+        scales=read.scales,
+        layers_exact=exact,
+        layers=len(read.linears),
+        layer_difference=worst,
+        model_difference=difference,
+        allowance=MODEL_ALLOWANCE,
+        integer_layers=integer,
+        speed=round(median(paired_speed(lambda: twin(feed), lambda: whole(feed))), 3),
+    )
+
+
+def _file(folder: Path) -> Path:
+    path = folder / FILE
+    return path if path.is_file() else next(iter(sorted(folder.glob("*.onnx"))), path)
+
+
+def _against_scales(read: QdqGraph, scales: ScaleFile) -> Iterator[str]:
+    try:
+        wanted = linear_ranges(scales, fused=False)
+    except ModelError as error:
+        yield str(error)
+        return
+    for name, linear in read.linears.items():
+        expected = wanted.ranges.get(name.partition("#")[0])
+        if expected is None:
+            yield f"{name}: is quantized, and the scale file has no range for it"
+            continue
+        scale, point = expected.grid()
+        if (linear.scale, linear.zero_point) != (scale, point):
+            yield (
+                f"{name}:input: scale is {linear.scale:.9g} (zero point {linear.zero_point}), "
+                f"the scale file gives {scale:.9g} ({point})"
+            )
+        record = expected.weight
+        rows = record.scale if record is not None and record.scheme.bits == 8 else None
+        if isinstance(rows, list) and not np.array_equal(linear.weight_scale, np.array(rows, np.float32)):
+            yield f"{name}:weight: scales are not those of the scale file"
+        largest = np.abs(linear.codes.astype(np.int16)).max(0)
+        if ((largest < 127) & (largest > 0)).any():
+            column = int(((largest < 127) & (largest > 0)).argmax())
+            yield f"{name}:weight: codes of output {column} reach {largest[column]}, not 127; they are of another scale"

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Q/DQ graph must compute: single layers in exact integers, the whole model by calib's quantized model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.export.read_onnx import QdqGraph, QdqLinear
+
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
+
+__all__ = ["float_twin", "layer_model", "layer_outputs", "layer_rows", "onnx_plan", "reference_output", "token_feed"]
+
+
+def layer_rows(linear: QdqLinear, rows: int = 4) -> NDArray[np.float32]:
+    """Random rows that fill the range of a layer and go beyond it, float32 ``[rows, in]``, the same in every run."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((rows, linear.codes.shape[0])) * (linear.scale * (linear.qmax - linear.qmin) / 4)
+    return x.astype(np.float32)
+
+
+def layer_outputs(linear: QdqLinear, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The output of a layer, its product in exact integers, float64 ``[rows, out]``."""
+    codes = np.rint(x / np.float32(linear.scale)) + linear.zero_point
+    codes = np.clip(codes, linear.qmin, linear.qmax).astype(np.int64) - linear.zero_point
+    total = codes @ linear.codes.astype(np.int64)
+    step = np.float64(np.float32(linear.scale)) * linear.weight_scale.astype(np.float64)
+    result: NDArray[np.float64] = total * step
+    return result if linear.bias is None else result + linear.bias.astype(np.float64)
+
+
+def layer_model(read: QdqGraph, linear: QdqLinear) -> Any:
+    """A graph of one layer: float32 ``[rows, in]`` to ``[rows, out]``."""
+    from onnx import TensorProto, helper
+
+    inputs, outputs = linear.codes.shape
+    wanted = {name for node in linear.nodes for name in node.input}
+    graph = helper.make_graph(
+        linear.nodes,
+        "layer",
+        [helper.make_tensor_value_info(linear.source, TensorProto.FLOAT, ["rows", inputs])],
+        [helper.make_tensor_value_info(linear.result, TensorProto.FLOAT, ["rows", outputs])],
+        [tensor for tensor in read.model.graph.initializer if tensor.name in wanted],
+    )
+    return helper.make_model(graph, opset_imports=read.model.opset_import, ir_version=read.model.ir_version)
+
+
+def float_twin(read: QdqGraph) -> Any:
+    """The same graph with the quantized weights multiplied out and nothing rounded: what speed is compared with.
+
+    A product that was turned into a `Gemm` of two dimensions becomes the plain `MatMul` and `Add` again.
+    """
+    from onnx import helper, numpy_helper
+
+    model = copy.deepcopy(read.model)
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    new: dict[str, list[Any]] = {}
+    for linear in read.linears.values():
+        weight = linear.codes.astype(np.float32) * linear.weight_scale
+        graph.initializer.append(numpy_helper.from_array(weight, f"{linear.name}/float"))
+        source, result = linear.source, linear.result
+        flat, back = makers.get(source), users.get(result, [])
+        if flat is not None and flat.name == f"{linear.name}/flat" and len(back) == 1:
+            source, result = flat.input[0], back[0].output[0]
+        product = result if linear.bias is None else f"{linear.name}/product"
+        nodes = [helper.make_node("MatMul", [source, f"{linear.name}/float"], [product])]
+        if linear.bias is not None:
+            graph.initializer.append(numpy_helper.from_array(linear.bias, f"{linear.name}/float_bias"))
+            nodes.append(helper.make_node("Add", [product, f"{linear.name}/float_bias"], [result]))
+        new[result] = nodes
+    nodes = [made for node in graph.node for made in new.get(node.output[0], [node])]
+    nodes = _reached(nodes, [output.name for output in graph.output])
+    read_names = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read_names]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    return model
+
+
+def token_feed(read: QdqGraph, rows: int = 2, tokens: int = 32) -> dict[str, NDArray[np.int64]]:
+    """Inputs of a graph of token ids, the same in every run."""
+    graph = read.model.graph
+    tables = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"}
+    vocabulary = min((tensor.dims[0] for tensor in graph.initializer if tensor.name in tables), default=100)
+    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, tokens))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return {value.name: feed[value.name] for value in read.model.graph.input}
+
+
+def reference_output(read: QdqGraph, feed: dict[str, NDArray[np.int64]], model: OpenedModel | None) -> NDArray[Any]:
+    """What the whole model must give: by calib's quantized model, or without the model by the graph, node by node."""
+    if model is None:
+        from calib.export.onnx_lint import session
+
+        found: NDArray[Any] = session(read.model.SerializeToString(), threads=1, plain=True).run(None, feed)[0]
+        return found
+    import torch
+
+    from calib.export.compare import first_output
+    from calib.quantized import QuantizedModel
+
+    inputs = {name: torch.from_numpy(value) for name, value in feed.items()}
+    with torch.no_grad(), QuantizedModel(model.model, onnx_plan(read, model)):
+        return np.asarray(first_output(model.model(**inputs)))
+
+
+def onnx_plan(read: QdqGraph, model: OpenedModel) -> Any:
+    """A quantization plan with the codes and scales of a graph."""
+    import torch
+
+    from calib.quantized.grid import IntegerGrid
+    from calib.quantized.plan import QuantizationPlan
+    from calib.quantized.quantizers import StaticQuantizer
+    from calib.quantized.weights import QuantizedWeight
+
+    inputs, weights = {}, {}
+    for name, linear in read.linears.items():
+        symmetric = linear.zero_point == 0 and linear.qmin == -128
+        grid = IntegerGrid(linear.qmin, linear.qmax, 127.0 if symmetric else 255.0, symmetric)
+        point = None if symmetric else torch.tensor(float(linear.zero_point))
+        module = name.partition("#")[0]
+        inputs[module] = StaticQuantizer(grid, torch.tensor(linear.scale), point)
+        codes = torch.from_numpy(linear.codes.T.copy())
+        weights[module] = QuantizedWeight(codes, torch.from_numpy(linear.weight_scale.copy()).reshape(-1, 1))
+    return QuantizationPlan(inputs=inputs, weights=weights)
+
+
+def _reached(nodes: list[Any], outputs: list[str]) -> list[Any]:
+    """Nodes that the outputs need, in their order."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    return kept[::-1]
