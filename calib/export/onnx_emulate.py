@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.export.compare import first_output, largest_difference
 from calib.export.read_onnx import QdqGraph, QdqLinear
 
 if TYPE_CHECKING:
     from calib.models import OpenedModel
 
 __all__ = ["float_twin", "layer_model", "layer_outputs", "layer_rows", "onnx_plan", "reference_output", "token_feed"]
+
+_NUDGE = 1e-6  # a few times the rounding of float32, what sums in another order differ by
 
 
 def layer_rows(linear: QdqLinear, rows: int = 4) -> NDArray[np.float32]:
@@ -88,31 +92,50 @@ def float_twin(read: QdqGraph) -> Any:
     return model
 
 
-def token_feed(read: QdqGraph, rows: int = 2, tokens: int = 32) -> dict[str, NDArray[np.int64]]:
-    """Inputs of a graph of token ids, the same in every run."""
-    graph = read.model.graph
-    tables = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"}
-    vocabulary = min((tensor.dims[0] for tensor in graph.initializer if tensor.name in tables), default=100)
-    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, tokens))
+def token_feed(read: QdqGraph, folder: Path, rows: int = 2, tokens: int = 32) -> dict[str, NDArray[np.int64]]:
+    """Inputs of a graph of token ids, the same in every run: text where the folder has a tokenizer, else random ids.
+
+    Text, because what a quantized model does with random ids is far outside of its ranges and close to chaotic.
+    """
+    ids = _text(folder, rows, tokens)
+    if ids is None:
+        vocabulary = min((read_table.dims[0] for read_table in _tables(read)), default=100)
+        ids = np.random.default_rng(0).integers(0, vocabulary, (rows, tokens))
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     return {value.name: feed[value.name] for value in read.model.graph.input}
 
 
-def reference_output(read: QdqGraph, feed: dict[str, NDArray[np.int64]], model: OpenedModel | None) -> NDArray[Any]:
-    """What the whole model must give: by calib's quantized model, or without the model by the graph, node by node."""
+def reference_output(
+    read: QdqGraph, feed: dict[str, NDArray[np.int64]], model: OpenedModel | None
+) -> tuple[NDArray[Any], float]:
+    """What the whole model must give, and how much of that a tiny change of the embeddings moves.
+
+    Computed by calib's quantized model, or without the float model by the graph, node by node. The second number is
+    the largest change, relative to the largest output, when every embedding is changed by a factor of 1 +- 1e-6: values
+    that lie between two codes then take the other one, as they do where sums are added in another order.
+    """
     if model is None:
         from calib.export.onnx_lint import session
 
-        found: NDArray[Any] = session(read.model.SerializeToString(), threads=1, plain=True).run(None, feed)[0]
-        return found
+        found = session(read.model.SerializeToString(), threads=1, plain=True).run(None, feed)[0]
+        moved = session(_moved(read).SerializeToString(), threads=1, plain=True).run(None, feed)[0]
+        return found, largest_difference(moved, found)
     import torch
 
-    from calib.export.compare import first_output
     from calib.quantized import QuantizedModel
 
     inputs = {name: torch.from_numpy(value) for name, value in feed.items()}
+    table: Any = model.model.get_input_embeddings()  # type: ignore[operator]
+    own = table.weight
+    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), QuantizedModel(model.model, onnx_plan(read, model)):
-        return np.asarray(first_output(model.model(**inputs)))
+        ours = np.asarray(first_output(model.model(**inputs)))
+        try:
+            table.weight = torch.nn.Parameter(own * (1 + _NUDGE * noise), requires_grad=False)
+            nudged = np.asarray(first_output(model.model(**inputs)))
+        finally:
+            table.weight = own
+    return ours, largest_difference(nudged, ours)
 
 
 def onnx_plan(read: QdqGraph, model: OpenedModel) -> Any:
@@ -134,6 +157,37 @@ def onnx_plan(read: QdqGraph, model: OpenedModel) -> Any:
         codes = torch.from_numpy(linear.codes.T.copy())
         weights[module] = QuantizedWeight(codes, torch.from_numpy(linear.weight_scale.copy()).reshape(-1, 1))
     return QuantizationPlan(inputs=inputs, weights=weights)
+
+
+def _text(folder: Path, rows: int, tokens: int) -> NDArray[np.int64] | None:
+    from calib.corpus import build_blocks
+    from calib.errors import CalibError
+    from calib.models.tokens import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder, folder.name, trust_remote_code=False)
+        blocks = build_blocks(["builtin:speeches"], tokenizer, samples=rows, max_length=tokens)
+    except CalibError:
+        return None
+    return blocks.input_ids.astype(np.int64)
+
+
+def _tables(read: QdqGraph) -> list[Any]:
+    """Initializers that token ids are looked up in."""
+    graph = read.model.graph
+    names = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"}
+    return [tensor for tensor in graph.initializer if tensor.name in names]
+
+
+def _moved(read: QdqGraph) -> Any:
+    from onnx import numpy_helper
+
+    moved = QdqGraph(copy.deepcopy(read.model))
+    for tensor in _tables(moved):
+        values = numpy_helper.to_array(tensor)
+        noise = np.random.default_rng(0).standard_normal(values.shape)
+        tensor.CopyFrom(numpy_helper.from_array((values * (1 + _NUDGE * noise)).astype(np.float32), tensor.name))
+    return moved.model
 
 
 def _reached(nodes: list[Any], outputs: list[str]) -> list[Any]:
