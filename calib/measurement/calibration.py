@@ -26,6 +26,7 @@ from calib.measurement.site import Gate, Site
 from calib.measurement.tracing import Group, Tracer
 from calib.sites import Port, Selection, find_ports
 from calib.sites.layout import to_blocks
+from calib.sites.unused import WeightUse
 from calib.statistics import Observation, SiteStatistics, TokenRatio
 
 __all__ = ["Calibration"]
@@ -101,6 +102,8 @@ class Calibration:
         )
         self._tracer: Tracer | None = Tracer()
         self._traced = False
+        self._use: WeightUse | None = None
+        self._by_weight: set[str] = set()
         self._probing = False
         self._groups: list[Group] = []
         self._routes: dict[tuple[int, int], Group] = {}
@@ -237,14 +240,15 @@ class Calibration:
         return {
             number
             for number, port in enumerate(self.ports)
-            if not self._fired[number] and port.axes != "routed" and self.selection.keeps([port.name], port.kind)
+            if not (self._fired[number] or port.optional or port.axes == "routed" or port.module in self._by_weight)
+            and self.selection.keeps([port.name], port.kind)
         }
 
     def gates(self) -> list[Gate]:
         """The conditions on the run itself: every site fired, experts got tokens, values are finite, passes ended."""
         sites = self.sites()
         return [
-            every_site_fired(self._unseen(sites), f"{len(self.ports)} ports"),
+            every_site_fired(self._unseen(sites), _reached(len(self.ports), self._by_weight)),
             every_expert_routed(self.routed.experts(), sites, self.min_expert_tokens),
             finite(sites),
             passes_complete(self.failed_forwards),
@@ -265,6 +269,9 @@ class Calibration:
         if self._passes.begin(args, kwargs, counted=not self._probing):
             self._calls.clear()
             self.routed.begin_pass()
+            if not self._traced:
+                self._use = WeightUse(self.model)
+                self._use.__enter__()
 
     def _complete(self, *_: Any) -> None:
         if self._passes.depth == 1:
@@ -273,6 +280,10 @@ class Calibration:
     def _end(self, *hooked: Any) -> None:
         if not self._passes.end(hooked[-1] if hooked else None):
             return
+        use, self._use = self._use, None
+        if use is not None:
+            use.__exit__(None, None, None)
+            self._by_weight = use.modules({self.ports[number].module for number in self._calls})
         if not self._passes.finished:
             self.failed_forwards += not self._probing
         if not self._passes.finished and not self._traced:  # half a pass tells nothing about who sees what: begin anew
@@ -382,3 +393,12 @@ class Calibration:
             return None
         group.accumulator = group.accumulator or self._accumulator(group.channels)
         return group
+
+
+def _reached(ports: int, by_weight: set[str]) -> str:
+    """What the gate says if nothing is missing; what cannot be measured is named."""
+    if not by_weight:
+        return f"{ports} ports"
+    shown = sorted(by_weight)[:3]
+    more = f" and {len(by_weight) - 3} more" if len(by_weight) > 3 else ""
+    return f"{ports} ports; not measured, for the model uses the weight without the module: {', '.join(shown)}{more}"

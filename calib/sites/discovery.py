@@ -42,8 +42,8 @@ def _ports(model: nn.Module, structure: Structure) -> Iterator[Port]:
         layer = block.layer if block is not None else None
         return Port(name, where, kind, structure.order[name], layer, **more)
 
-    if structure.embedding is not None:
-        yield port(structure.embedding, "output", "embedding")
+    for name in structure.embeddings:
+        yield port(name, "output", "embedding")
     for block in structure.blocks:
         yield from _block_ports(block, structure, port)
     for name in structure.attentions:
@@ -54,7 +54,7 @@ def _ports(model: nn.Module, structure: Structure) -> Iterator[Port]:
         if caches and attends and hasattr(modules[name], "kv_lora_rank"):  # it keeps a latent, not what it attends to
             for part in ("cache_key", "cache_value"):
                 yield port(name, part, "kv_cache", axes="heads")
-        elif caches and not attends:
+        elif caches and not attends and getattr(modules[name], "is_decoder", True) is not False:
             for part in ("key", "value"):
                 yield port(name, part, part, axes="heads", cached=True)
     for name, (_, index) in structure.routers.items():
@@ -78,7 +78,7 @@ def _module_ports(modules: dict[str, nn.Module], structure: Structure, port: Any
             if name != structure.head:
                 yield port(name, "output", "linear_output", axes=axes)
         elif is_activation(module) and inside and name.rpartition(".")[0] not in fused:
-            yield port(name, "input", "gate")
+            yield port(name, "input", "gate", optional=True)
 
 
 def _block_ports(block: Block, structure: Structure, port: Any) -> Iterator[Port]:

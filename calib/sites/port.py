@@ -53,6 +53,7 @@ class Port:
         index: which element, where the module returns a tuple; named by ``output.1`` unless it is the first.
         weak: its kind counts only if no other port of the same tensor has one: the input of a norm is the residual
             stream in the middle of a block, unless it is the output of something that names it better.
+        optional: nothing is missing if it is never seen: activation functions, which models also compute otherwise.
         cached: seen on its way into the cache, where attention itself cannot be watched.
     """
 
@@ -64,6 +65,7 @@ class Port:
     axes: Axes = "tokens"
     index: int = 0
     weak: bool = False
+    optional: bool = False
     cached: bool = False
 
     @property

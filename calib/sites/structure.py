@@ -36,6 +36,7 @@ class Structure:
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     routers: dict[str, tuple[nn.Module, int]] = field(default_factory=dict)
     embedding: str | None = None
+    embeddings: list[str] = field(default_factory=list)  # that look token ids up in the weight of `embedding`
     head: str | None = None
     width: int | None = None  # of the residual stream, where a configuration tells it
 
@@ -62,6 +63,7 @@ class Structure:
             stacks.add(stack)
         structure.embedding = _name_of(names, getattr(model, "get_input_embeddings", None))
         structure.head = _name_of(names, getattr(model, "get_output_embeddings", None))
+        structure.embeddings = _lookups(model, names, structure.embedding)
         width = getattr(getattr(model, "config", None), "hidden_size", None)
         structure.width = width if isinstance(width, int) else None
         return structure
@@ -141,8 +143,27 @@ def _stacked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = list(module.children())
         same = len(children) > 1 and len({type(c) for c in children}) == 1
         if same and not is_projection(children[0]) and any(is_projection(m) for m in children[0].modules()):
+            if isinstance(children[0], nn.ModuleList):  # a list of lists: their children are the blocks
+                continue
             taken.append(f".{name}." if name else ".")
             yield from ((f"{name}.{key}" if name else key, child) for key, child in module.named_children())
+
+
+def _lookups(model: nn.Module, names: dict[nn.Module, str], embedding: str | None) -> list[str]:
+    """Input embeddings that are called: those of the stacks inside, where they hold the weight as modules of their own.
+
+    BART's encoder and decoder each have one that is tied to the model's, which itself is never called.
+    """
+    if embedding is None:
+        return []
+    weight = getattr(model.get_submodule(embedding), "weight", None)
+    inner = [_name_of(names, getattr(m, "get_input_embeddings", None)) for m in model.modules()]
+    tied = [
+        name
+        for name in dict.fromkeys(inner)
+        if name is not None and name != embedding and getattr(model.get_submodule(name), "weight", None) is weight
+    ]
+    return sorted(tied, key=list(names.values()).index) if tied else [embedding]
 
 
 def _layer_index(name: str) -> int | None:

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coverage over all architectures that transformers builds from a small configuration: ``python benchmarks/model_coverage.py``.
+
+For each, one forward pass with and one without calibration: what was found, what fired, which linear layers were not
+covered, whether the outputs are bit-identical and whether anything was left behind. Writes
+`results/model_coverage.json` and `docs/coverage.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks import tiny_models  # noqa: E402
+from calib.measurement import Calibration  # noqa: E402
+
+TASKS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+SECONDS = 120
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "model_coverage.json", ROOT / "docs" / "coverage.md"
+
+
+def architectures() -> list[tuple[str, str, str]]:
+    """(task, class, model type) of every class in the mappings, each class once."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, tuple[str, str, str]] = {}
+    for task, mapping in TASKS.items():
+        for model_type, names in getattr(modeling_auto, mapping).items():
+            for name in names if isinstance(names, tuple | list) else [names]:
+                found.setdefault(name, (task, name, model_type))
+    return list(found.values())
+
+
+def examine(task: str, class_name: str, model_type: str) -> dict[str, Any]:
+    """One architecture: a record for the page."""
+    record: dict[str, Any] = {"class": class_name, "model_type": model_type, "task": task, "stage": "built"}
+    started = time.perf_counter()
+    try:
+        with _limit(SECONDS), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model = tiny_models.build(class_name, model_type)
+            record["stage"] = "run"
+            inputs = _first_that_runs(model, tiny_models.inputs_of(model, task))
+            record |= {"stage": "measured", "inputs": sorted(inputs)}
+            record |= compare(model, inputs)
+            record["stage"] = "done"
+    except Exception as error:  # of any model class: the page tells it
+        record["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    record["seconds"] = round(time.perf_counter() - started, 2)
+    return record
+
+
+def compare(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Runs a model without and with calibration."""
+    plain = _outputs(model, inputs)
+    again = _outputs(model, inputs)
+    before = _state(model)
+    calibration = Calibration(model, keep_cache=False)
+    with calibration:
+        measured = _outputs(model, inputs)
+    sites = calibration.sites()
+    names = {name: kind for site in sites.values() for name, kind in {site.name: site.kind, **site.aliases}.items()}
+    reached = {name.partition("#")[0].partition("@")[0] for name in names}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    uncovered = [name for name in linears if f"{name}:input" not in reached]
+    return {
+        "repeatable": _equal(plain, again),
+        "identical": _equal(plain, measured),
+        "nothing_left": _state(model) == before,
+        "sites": dict(sorted(Counter(site.kind for site in sites.values()).items())),
+        "kinds": dict(sorted(Counter(port.kind for port in calibration.ports).items())),
+        "silent": calibration.silent_ports(),
+        "linears": len(linears),
+        "uncovered": uncovered,
+        "missing": missing_kinds(model, calibration, reached),
+    }
+
+
+def missing_kinds(model: nn.Module, calibration: Calibration, reached: set[str]) -> list[str]:
+    """Kinds that the model says it has and of which nothing was seen."""
+    from calib.sites.structure import Structure
+
+    structure = Structure.of(model)
+    held = {port.kind for port in calibration.ports if port.name in reached}
+    expected = {"linear_input", "norm_output"}
+    expected |= {"embedding"} if structure.embedding else set()
+    expected |= {"residual"} if structure.blocks else set()
+    expected |= {"router"} if structure.routers else set()
+    expected |= {"expert_hidden"} if calibration.routed.banks else set()
+    expected |= {"attention_output"} if structure.attentions else set()
+    if structure.attentions and getattr(model.config, "use_cache", False):
+        expected |= {"key", "value"}
+    aliases = {"expert_hidden": {"expert_hidden", "expert_input"}}
+    return sorted(kind for kind in expected if not held & aliases.get(kind, {kind}))
+
+
+def complete(record: dict[str, Any]) -> bool:
+    """Whether everything was found and reached, and the model was left as it was."""
+    return record["stage"] == "done" and not problems(record)
+
+
+def problems(record: dict[str, Any]) -> list[str]:
+    """What is not as it should be, in words."""
+    found = []
+    if not record["identical"]:
+        found.append("outputs differ" if record["repeatable"] else "the model itself is not repeatable")
+    if not record["nothing_left"]:
+        found.append("something was left behind")
+    for title, names in (("no", record["missing"]), ("not covered:", record["uncovered"]), ("silent:", record["silent"])):
+        if names:
+            found.append(f"{title} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+    return found
+
+
+def _first_that_runs(model: nn.Module, candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    problem: Exception = ValueError("no inputs are known for this task")
+    for inputs in candidates:
+        try:
+            _outputs(model, inputs)
+        except TimeoutError:
+            raise
+        except Exception as error:  # of any model class: the next form is tried
+            problem = error
+            continue
+        return inputs
+    raise problem
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    torch.manual_seed(7)
+    return [t for t in _tensors(model(**inputs)) if t.is_floating_point()]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for key, value in output.items():
+            if key != "past_key_values":
+                yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _state(model: nn.Module) -> tuple[Any, ...]:
+    """What a calibration could leave behind."""
+    from transformers.cache_utils import Cache
+    from transformers.modeling_utils import AttentionInterface
+
+    hooks = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_always_called) for m in model.modules()
+    )
+    own = sorted(f"{name}.{key}" for name, m in model.named_modules() for key in vars(m) if key == "forward")
+    config = getattr(model, "config", None)
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str) if config is not None else ""
+    modes = torch._C._len_torch_function_stack()
+    return hooks, own, text, modes, Cache.update, AttentionInterface.get_interface, model.training
+
+
+@contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="regular expression over class names")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th architecture, for several processes")
+    parser.add_argument("-o", "--output", type=Path, default=RESULT)
+    parser.add_argument("--page", type=Path, nargs="*", help="write the page from these results, run nothing")
+    given = parser.parse_args()
+    if given.page is not None:
+        write_page([record for path in given.page or [RESULT] for record in json.loads(path.read_text())["records"]])
+        return
+    import re
+
+    part, parts = (int(n) for n in given.part.split("/"))
+    chosen = [a for a in architectures() if not given.only or re.search(given.only, a[1])][part::parts]
+    records = []
+    for task, class_name, model_type in chosen:
+        record = examine(task, class_name, model_type)
+        records.append(record)
+        what = "complete" if complete(record) else record.get("reason") or "; ".join(problems(record))
+        print(f"{class_name} [{record['stage']}] {record['seconds']} s: {what}", flush=True)
+    given.output.write_text(json.dumps({"versions": _versions(), "records": records}, indent=1) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def write_page(records: list[dict[str, Any]]) -> None:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()
