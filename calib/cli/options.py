@@ -60,6 +60,8 @@ run_options = _together(
     click.option("--statistics", type=click.Choice(["full", "ranges"]), default="full", show_default=True),
     click.option("--kernel", type=click.Choice(["auto", "fused", "torch"]), default="auto", show_default=True),
     click.option("--sink-positions", default=4, show_default=True, help="First tokens of a block, kept apart."),
+    click.option("--min-expert-tokens", default=1, show_default=True, help="Fewest tokens that each expert must get."),
+    click.option("--force-experts", is_flag=True, help="Measure experts without tokens on some, apart, and mark them."),
     click.option("--shard", default="0/1", show_default=True, help="i/n: every n-th batch; see `calib merge`."),
 )
 output_options = _together(
@@ -118,6 +120,8 @@ def _options(given: dict[str, Any]) -> MeasureOptions:
         kernel=given["kernel"],
         sink_positions=given["sink_positions"],
         shard=_shard(given["shard"]),
+        min_expert_tokens=given["min_expert_tokens"],
+        force_experts=given["force_experts"],
         protocol=given.get("protocol"),
         command="calib " + " ".join(Path(a).name if a.startswith("/") else a for a in sys.argv[1:]),
     )

@@ -28,6 +28,35 @@ _WORST = 10
 _WIDTH = 140
 
 
+def _print_experts(console: Console, sites: dict[str, Site]) -> None:
+    """Tokens and peaks of experts against all other tensors."""
+    from calib.measurement.gates import expert_tokens
+
+    tokens = expert_tokens(sites)
+    if not tokens:
+        return
+    experts = [s for s in sites.values() if s.expert is not None or ".experts." in s.name]
+    peak = max(experts, key=lambda site: site.statistics.range.amax)
+    rest = max((s.statistics.range.amax for s in sites.values() if s not in experts), default=0.0)
+    forced = {f"{s.module}@{s.expert}" for s in experts if s.forced}
+    console.print(
+        f"{len(tokens)} experts, {min(tokens.values()):,} to {max(tokens.values()):,} tokens each; peak "
+        f"{_number(peak.statistics.range.amax)} at {escape(peak.name)}, of all other tensors {_number(rest)}"
+        + (f"; {len(forced)} measured by force" if forced else "")
+    )
+
+
+def _print_modalities(console: Console, sites: dict[str, Site]) -> None:
+    """The largest residual stream of each modality."""
+    peaks: dict[str, float] = {}
+    for site in sites.values():
+        for name, part in site.parts.items():
+            if "residual" in site.kinds:
+                peaks[name] = max(peaks.get(name, 0.0), part.range.amax)
+    if peaks:
+        console.print("residual peak by modality: " + ", ".join(f"{n} {_number(v)}" for n, v in sorted(peaks.items())))
+
+
 def print_json(path: Path) -> None:
     """Prints a JSON file on one line."""
     sys.stdout.write(json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False) + "\n")
@@ -60,6 +89,8 @@ def print_measurement(measurement: Measurement, tokenizer: Any | None) -> None:
             else f"none exceeds {limit:,.0f}"
         )
         console.print(f"overflow of {name}: {text}")
+    _print_experts(console, sites)
+    _print_modalities(console, sites)
     for gate in measurement.gates:
         mark = "[green]pass[/]" if gate.passed else "[red]FAIL[/]"
         console.print(f"gate {gate.name}: {mark}  {escape(gate.detail)}")
