@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from calib.cures.pairs import Consumer, Pair
 from calib.cures.smooth import Smoothing
 from calib.errors import ArtifactError
+from calib.schema.scales import CureRecord
 
 __all__ = ["load_smoothing", "save_smoothing", "smoothing_record"]
 
@@ -43,17 +44,20 @@ class _Head(BaseModel):
     pairs: list[_PairHead]
 
 
-def smoothing_record(smoothing: Smoothing) -> dict[str, str]:
+def smoothing_record(smoothing: Smoothing) -> CureRecord:
     """An entry of `cures` in scales.json: what was done, to which pairs, and the hash of the scales."""
-    alphas = sorted(set(smoothing.alphas))
-    named = (f"{pair.name}={alpha:g}" for pair, alpha in zip(smoothing.pairs, smoothing.alphas, strict=True))
-    return {
-        "kind": "smooth",
-        "alpha": f"{alphas[0]:g}" if len(alphas) == 1 else " ".join(named),
-        "pairs": " ".join(pair.name.replace(", ", ",").replace(" ", "-") for pair in smoothing.pairs),
-        "include_sink": str(smoothing.include_sink).lower(),
-        "scales_sha256": _sha256(smoothing),
-    }
+    alphas = {pair.name: alpha for pair, alpha in zip(smoothing.pairs, smoothing.alphas, strict=True)}
+    used = sorted(set(smoothing.alphas))
+    with_alpha = f"alpha {used[0]:g}" if len(used) == 1 else f"alpha {used[0]:g} to {used[-1]:g}"
+    return CureRecord(
+        kind="smooth",
+        summary=f"{len(alphas)} tensors divided channel by channel, their weights multiplied ({with_alpha})",
+        settings={
+            "alphas": alphas,
+            "include_sink": smoothing.include_sink,
+            "scales_sha256": _sha256(smoothing),
+        },
+    )
 
 
 def save_smoothing(smoothing: Smoothing, path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calib.errors import ArtifactError, GateError, UsageError
 from calib.export.formats import Format, parse_format
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["export_scales", "require_packages"]
 
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torchao": ("torchao",)}
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "torchao": ("torchao",),
+}
 """Extra of calib -> the packages that it brings."""
 
 
@@ -74,7 +78,7 @@ def require_fit(found: Format, request: ExportRequest) -> None:
         _ = request.opened
     if found.measurement and request.measured.sha256 != scales.measurement_sha256:
         raise ArtifactError(f"{scales.model.name}: the scales were chosen from another measurement; pass that one")
-    for kind in map(_kind, scales.cures):
+    for kind in (cure.kind for cure in scales.cures):
         if kind not in found.cures:
             raise ArtifactError(
                 f"format {found.name}: cannot express the cure {kind!r} of the scale file; "
@@ -103,7 +107,3 @@ def require_packages(extra: str, what: str) -> None:
     for package in PACKAGES.get(extra, ()):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"{what}: needs {package}, which is not installed; run `pip install 'calib[{extra}]'`")
-
-
-def _kind(cure: Any) -> str:
-    return str(cure["kind"] if isinstance(cure, dict) else cure.kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from calib import __version__
@@ -16,6 +17,7 @@ from calib.scales.tensors import activation_scale, weight_scale
 from calib.scales.verdict import Judgement, judge_model
 from calib.schema.provenance import Producer
 from calib.schema.scales import ScaleFile, TensorScale
+from calib.statistics.observation import REST
 
 if TYPE_CHECKING:
     from calib.measurement.artifact import Measurement
@@ -36,6 +38,7 @@ def choose_scales(
     weight_symmetric: bool = True,
     sites: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    include_sink: bool = True,
 ) -> ScaleFile:
     """Chooses a scale for every measured tensor and says what error to expect.
 
@@ -54,6 +57,8 @@ def choose_scales(
         weight_symmetric: grid of weights; consumers of INT8 require True.
         sites: patterns of tensors wanted; all if absent.
         ignore: patterns of tensors left in floating point.
+        include_sink: whether the first positions of a block count. False where they will not be quantized, as behind a
+            prefix that stays in float.
 
     Raises:
         UsageError: bits, method, granularity or a pattern is invalid.
@@ -64,7 +69,9 @@ def choose_scales(
     chosen, weight_chosen = parse_method(method), parse_method(weight_method)
     _check_granularity(granularity, ("per-tensor", "per-channel"), chosen.label)
     _check_granularity(weight_granularity, ("per-row", "per-tensor"), weight_chosen.label)
-    selected = select(measurement, sites, ignore)
+    if not include_sink and not measurement.run.sink_positions:
+        raise UsageError("include_sink=False: no positions were kept apart; measure with --sink-positions 1 or more")
+    selected = select(measurement if include_sink else _without_sink(measurement), sites, ignore)
 
     tensors: dict[str, TensorScale] = {}
     zero: list[str] = []
@@ -101,6 +108,11 @@ def choose_scales(
         verdict=judgement.verdict,
         reason=judgement.reason,
     )
+
+
+def _without_sink(measurement: Measurement) -> Measurement:
+    sites = {n: replace(s, statistics=s.statistics.of(REST)) for n, s in measurement.sites.items()}
+    return replace(measurement, sites=sites)
 
 
 def _check_granularity(granularity: str, valid: tuple[str, ...], method: str) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from calib.schema.provenance import CorpusProvenance, ModelProvenance, Producer, Strict
 
-__all__ = ["FORMAT", "VERSION", "ExpectedError", "ScaleFile", "Scheme", "TensorScale", "Verdict"]
+__all__ = ["FORMAT", "VERSION", "CureRecord", "ExpectedError", "ScaleFile", "Scheme", "TensorScale", "Verdict"]
 
 FORMAT = "calib.scales"
 VERSION = "1.0"
@@ -88,6 +88,22 @@ class TensorScale(Strict):
         return self
 
 
+Setting = bool | int | float | str | list[int] | list[float] | list[str] | dict[str, float]
+
+
+class CureRecord(Strict):
+    """One change that was made to the model before its scales were chosen, in the order of application."""
+
+    kind: Literal["smooth", "prefix", "rotate", "keep", "clip", "compensate"]
+    summary: str = Field(description="What was done and why, in one line")
+    needs: Literal["nothing", "prefix", "online-op"] = Field(
+        default="nothing",
+        description="What a consumer must do beyond loading the cured weights: put tokens (or their cached keys and "
+        "values, in float) in front of every sequence; or compute an operation that ordinary checkpoints do not hold",
+    )
+    settings: dict[str, Setting] = Field(default_factory=dict, description="What reproduces it, e.g. token_ids, alphas")
+
+
 class ScaleFile(Strict):
     """The whole of `scales.json`."""
 
@@ -100,7 +116,7 @@ class ScaleFile(Strict):
     method: str
     bits: int = Field(ge=2, le=16)
     tensors: dict[str, TensorScale]
-    cures: list[dict[str, str]] = Field(default_factory=list)
+    cures: list[CureRecord] = Field(default_factory=list)
     coverage: dict[str, int] = Field(description="Tensors per site kind")
     gates: dict[str, bool] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=list, description="Modules left in floating point, each on purpose")

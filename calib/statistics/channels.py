@@ -67,6 +67,15 @@ class ChannelStatistics:
             self.energy + other.energy,
         )
 
+    def of(self, group: int) -> ChannelStatistics:
+        """The same statistics with the other group emptied."""
+        keep = (np.arange(GROUPS) == group)[:, None]
+        return ChannelStatistics(
+            np.where(keep, self.minimum, np.float32(np.inf)),
+            np.where(keep, self.maximum, np.float32(-np.inf)),
+            FixedPoint(np.where(keep, self.energy.high, 0), np.where(keep, self.energy.low, 0)),
+        )
+
     @property
     def sum_of_squares(self) -> NDArray[np.float64]:
         """float64 ``[2, channels]``."""

@@ -57,6 +57,11 @@ class DocumentMaxima:
                     amax[index, group] = np.abs(finite).max()
         return cls.of(context.document, context.domain, amax)
 
+    def of_group(self, group: int) -> DocumentMaxima:
+        """The same documents with the other group emptied."""
+        amax = np.where(np.arange(GROUPS) == group, self.amax, np.float32(np.nan))
+        return DocumentMaxima(self.document, self.domain, amax)
+
     def merge(self, other: DocumentMaxima) -> DocumentMaxima:
         """Of both sets of values."""
         return DocumentMaxima.of(

@@ -105,6 +105,12 @@ class FloatHistogram:
             merged.append((unique, counts))
         return FloatHistogram((merged[0][0], merged[1][0]), (merged[0][1], merged[1][1]))
 
+    def of(self, group: int) -> FloatHistogram:
+        """The same histogram with the other group emptied."""
+        none = FloatHistogram.empty()
+        kept = [self if g == group else none for g in range(GROUPS)]
+        return FloatHistogram((kept[0].bins[0], kept[1].bins[1]), (kept[0].counts[0], kept[1].counts[1]))
+
     def count(self, group: int | None = None) -> int:
         """Values counted in one group, or in both."""
         return sum(int(c.sum()) for g, c in enumerate(self.counts) if group is None or g == group)

@@ -76,6 +76,17 @@ class SiteStatistics:
             self.ratios and other.ratios and self.ratios.merge(other.ratios),
         )
 
+    def of(self, group: int) -> SiteStatistics:
+        """Of one position group alone. Peaks and ratios, which do not tell groups apart, are left out."""
+        return SiteStatistics(
+            self.range.of(group),
+            self.documents.of_group(group),
+            self.histogram and self.histogram.of(group),
+            self.channels and self.channels.of(group),
+            tokens=self.tokens and self.tokens.of(group),
+            fault=self.fault,
+        )
+
     def to_tensors(self) -> Tensors:
         """Arrays for a file, named ``<statistic>.<field>``."""
         return {

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from safetensors.numpy import save_file
 
 from calib.cures import Smoothing, load_smoothing, save_smoothing, smoothing_record
 from calib.errors import ArtifactError
+from calib.schema.scales import CureRecord
 from tests.cures.models import build, logits, pairs_of
 
 
@@ -36,27 +36,22 @@ def test_a_stored_smoothing_does_the_same(smoothing: Smoothing, tmp_path: Path) 
     torch.testing.assert_close(logits(first), logits(second), rtol=0, atol=0)
 
 
-def test_the_record_is_json_of_strings_and_knows_its_scales(smoothing: Smoothing) -> None:
+def test_the_record_names_the_alpha_of_each_pair_and_knows_its_scales(smoothing: Smoothing) -> None:
     record = smoothing_record(smoothing)
-    assert json.loads(json.dumps(record)) == record
-    assert record["kind"] == "smooth"
-    assert record["pairs"].split()[1] == "model.layers.0.self_attn.qkv_proj[96:128]"
-    assert "model.layers.0.self_attn.qkv_proj[96:128]=0.8" in record["alpha"].split()
+    assert CureRecord.model_validate_json(record.model_dump_json()) == record
+    assert record.kind == "smooth"
+    assert record.needs == "nothing"
+    alphas = record.settings["alphas"]
+    assert isinstance(alphas, dict)
+    assert list(alphas)[1] == "model.layers.0.self_attn.qkv_proj[96:128]"
+    assert alphas["model.layers.0.self_attn.qkv_proj[96:128]"] == 0.8
     smoothing.scales[3][0] *= 2
-    assert smoothing_record(smoothing)["scales_sha256"] != record["scales_sha256"]
+    assert smoothing_record(smoothing).settings["scales_sha256"] != record.settings["scales_sha256"]
 
 
-def test_the_record_is_a_cure_of_a_scale_file(smoothing: Smoothing) -> None:
-    from pydantic import TypeAdapter
-
-    from calib.schema.scales import ScaleFile
-
-    TypeAdapter(ScaleFile.model_fields["cures"].annotation).validate_python([smoothing_record(smoothing)])
-
-
-def test_one_alpha_is_written_as_one_number(smoothing: Smoothing) -> None:
+def test_one_alpha_for_all_is_said_as_one_number(smoothing: Smoothing) -> None:
     uniform = Smoothing(smoothing.pairs, (0.8,) * len(smoothing.pairs), smoothing.scales)
-    assert smoothing_record(uniform)["alpha"] == "0.8"
+    assert "(alpha 0.8)" in smoothing_record(uniform).summary
 
 
 def test_other_files_are_refused(smoothing: Smoothing, tmp_path: Path) -> None:

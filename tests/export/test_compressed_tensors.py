@@ -20,6 +20,7 @@ from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel, plan_from_scales
 from calib.scales import choose_scales
+from calib.schema.scales import CureRecord
 from tests.export.conftest import Lab
 
 
@@ -157,7 +158,9 @@ def test_what_does_not_belong_together_is_refused(llama: Lab, bert: Lab, tmp_pat
     with pytest.raises(ArtifactError, match="tokenizer"):
         export_scales(stranger, out, llama.opened, to=to)
     with pytest.raises(ArtifactError, match="cannot express the cure 'prefix'"):
-        export_scales(scales.model_copy(update={"cures": [{"kind": "prefix"}]}), out, llama.opened, to=to)
+        export_scales(
+            scales.model_copy(update={"cures": [CureRecord(kind="prefix", summary="")]}), out, llama.opened, to=to
+        )
     half = scales.model_copy(update={"model": scales.model.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(GateError, match="measured in bfloat16"):
         export_scales(half, out, llama.opened, to=to)
