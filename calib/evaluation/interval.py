@@ -13,6 +13,7 @@ from calib.errors import UsageError
 __all__ = ["Interval", "mean_interval", "perplexity_ratio"]
 
 DRAWS = 10_000
+_LARGEST = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def mean_interval(values: NDArray[np.float64], *, share: float = 0.9, seed: int 
     Raises:
         UsageError: no block, or a share outside of 0..1.
     """
+    if not values.size or not 0 < share < 1:
+        raise UsageError(f"interval: {len(values)} blocks and a share of {share}; give blocks, and a share in 0..1")
     per_block = values.reshape(len(values), -1).mean(1)
-    draws = _draws(per_block, share, seed)
+    draws = _draws(per_block, seed)
     low, high = np.quantile(draws, [(1 - share) / 2, (1 + share) / 2])
     return Interval(float(per_block.mean()), float(low), float(high))
 
@@ -65,9 +68,12 @@ def perplexity_ratio(
     return Interval(*(float(np.exp(x)) for x in (found.value, found.low, found.high)))
 
 
-def _draws(per_block: NDArray[np.float64], share: float, seed: int) -> NDArray[np.float64]:
-    if not per_block.size or not 0 < share < 1:
-        raise UsageError(f"interval: {per_block.size} blocks and a share of {share}; give blocks, and a share in 0..1")
-    picks = np.random.default_rng(seed).integers(0, per_block.size, (DRAWS, per_block.size))
-    means: NDArray[np.float64] = per_block[picks].mean(1)
-    return means
+def _draws(per_block: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Means of `DRAWS` resamples; of many blocks a few at a time, so that memory stays below a gigabyte."""
+    random = np.random.default_rng(seed)
+    at_once = max(1, _LARGEST // per_block.size)
+    parts = []
+    for start in range(0, DRAWS, at_once):
+        picks = random.integers(0, per_block.size, (min(at_once, DRAWS - start), per_block.size))
+        parts.append(per_block[picks].mean(1))
+    return np.concatenate(parts)

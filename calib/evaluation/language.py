@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from calib.errors import GateError, UsageError
 
-__all__ = ["TokenScores", "compare_tokens", "score_tokens"]
+__all__ = ["TokenScores", "compare_many", "compare_tokens", "score_tokens"]
 
 Context = Callable[[], AbstractContextManager[object]]
 Progress = Callable[[int, int], None]
@@ -97,23 +97,75 @@ def compare_tokens(
         UsageError: fewer than two tokens per block.
         GateError: a logit was NaN.
     """
+    reference, found = compare_many(
+        model,
+        blocks,
+        {"quantized": quantized},
+        float_context=float_context,
+        prefix=prefix,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return reference, found["quantized"]
+
+
+def compare_many(
+    model: nn.Module,
+    blocks: NDArray[np.int64],
+    variants: Mapping[str, Context],
+    *,
+    float_context: Context = nullcontext,
+    prefix: Sequence[int] = (),
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> tuple[TokenScores, dict[str, TokenScores]]:
+    """Scores of the float model and of several quantized ones; like `compare_tokens`, with one float pass for all.
+
+    Args:
+        model: causal language model with ``logits``.
+        blocks: as in `score_tokens`.
+        variants: name -> makes a context in which the model is quantized; entered once per batch.
+        float_context: the same for the float model.
+        prefix: as in `score_tokens`; all see it.
+        batch_size: blocks of a forward pass.
+        progress: called with (blocks done, blocks in all).
+
+    Returns:
+        The float scores, and those of each variant with KL and agreement.
+
+    Raises:
+        UsageError: fewer than two tokens per block.
+        GateError: a logit was NaN.
+    """
     plain: list[NDArray[np.float64]] = []
-    nll: list[NDArray[np.float64]] = []
-    kl, top1 = [], []
+    rows: dict[str, list[_Row]] = {name: [] for name in variants}
     for ids in _batches(blocks, prefix, batch_size, _device(model)):
         with float_context():
             expected = [(torch.log_softmax(row, -1), targets) for row, targets in _rows(model, ids, len(prefix))]
-        with quantized():
-            for (reference, targets), (row, _) in zip(expected, _rows(model, ids, len(prefix)), strict=True):
-                found = torch.log_softmax(row, -1)
-                plain.append(_picked(reference, targets))
-                nll.append(_picked(found, targets))
-                kl.append((reference.exp() * (reference - found)).sum(-1).double().clamp(min=0).cpu().numpy())
-                top1.append((reference.argmax(-1) == found.argmax(-1)).cpu().numpy())
+        plain += [_picked(reference, targets) for reference, targets in expected]
+        for name, quantized in variants.items():
+            with quantized():
+                pairs = zip(expected, _rows(model, ids, len(prefix)), strict=True)
+                rows[name] += [_compare(reference, row, targets) for (reference, targets), (row, _) in pairs]
         del expected
         if progress is not None:
-            progress(len(nll), len(blocks))
-    return TokenScores(np.stack(plain)), TokenScores(np.stack(nll), np.stack(kl), np.stack(top1))
+            progress(len(plain), len(blocks))
+    return TokenScores(np.stack(plain)), {
+        name: TokenScores(*(np.stack(column) for column in zip(*found, strict=True))) for name, found in rows.items()
+    }
+
+
+_Row = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]
+
+
+def _compare(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> _Row:
+    """Negative log-likelihood, KL and agreement of one row."""
+    found = torch.log_softmax(logits, -1)
+    terms = reference.exp() * (reference - found)
+    # a token that both models rule out has a difference of infinities, and no part in the sum
+    terms.masked_fill_(reference == -torch.inf, 0.0)
+    kl: NDArray[np.float64] = terms.sum(-1).double().clamp(min=0).cpu().numpy()
+    return _picked(found, targets), kl, (reference.argmax(-1) == found.argmax(-1)).cpu().numpy()
 
 
 def _batches(
