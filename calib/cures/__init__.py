@@ -5,16 +5,21 @@ from __future__ import annotations
 
 from calib.cures.find import find_pairs
 from calib.cures.fold import Folded, fold
+from calib.cures.input_rotation import InputRotation
 from calib.cures.pairs import Consumer, Pair, Pairs
 from calib.cures.record import load_smoothing, save_smoothing, smoothing_record
+from calib.cures.rotate import OnlineRotation, Rotated
 from calib.cures.smooth import Smoothing, post_smoothing_amax, smoothing_scales
 from calib.cures.sweep import SmoothingSweep
 
 __all__ = [
     "Consumer",
     "Folded",
+    "InputRotation",
+    "OnlineRotation",
     "Pair",
     "Pairs",
+    "Rotated",
     "Smoothing",
     "SmoothingSweep",
     "find_pairs",

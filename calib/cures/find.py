@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from calib.cures.input_rotation import rotation_of
 from calib.cures.linear import is_linear
 from calib.cures.pairs import Consumer, Pair, Pairs
 from calib.cures.probe import Finding, Probe
@@ -176,7 +177,9 @@ class _Search:
             if name in self._claimed or isinstance(module, nn.Embedding) or not _reads(module):
                 continue
             block = next((s for s in self._scopes if not s or name.startswith(s + ".")), None)
-            if name in self._reasons:
+            if rotation_of(module) is not None:
+                result[name] = "its input is rotated as it arrives; find and smooth pairs before that"
+            elif name in self._reasons:
                 result[name] = self._reasons[name]
             elif block is None:
                 result[name] = "not inside a block; smoothing works within blocks"

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from calib.cures.input_rotation import scaled_columns
 from calib.cures.linear import columns_of, is_linear, matrix_of, rows_of
 from calib.cures.pairs import Pair
 from calib.cures.rules import scaled
@@ -34,6 +35,29 @@ class Folded:
         self._originals = originals
         self._sums = {name: _bit_sum(p) for name, p in self._parameters.items()}
         self.names = tuple(self._parameters)
+
+    @classmethod
+    def write(cls, model: nn.Module, values: dict[str, torch.Tensor], advice: str) -> Self:
+        """Writes values into parameters, each rounded once to its dtype; `values` is emptied on the way.
+
+        Args:
+            model: holds the parameters.
+            values: name -> float32, in the shape of the parameter.
+            advice: what to do about a value that the dtype cannot hold.
+
+        Raises:
+            ModelError: a value does not fit; the model is as it was.
+        """
+        parameters = {name: model.get_parameter(name) for name in values}
+        for name, value in values.items():
+            limit = torch.finfo(parameters[name].dtype).max
+            if not bool((value.abs() <= limit).all()):
+                raise ModelError(f"{name}: does not fit {parameters[name].dtype} {advice}")
+        originals = {name: p.detach().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name in list(values):
+                parameters[name].copy_(values.pop(name))
+        return cls(parameters, originals)
 
     def revert(self) -> None:
         """Puts the originals back; a second call does nothing.
@@ -88,17 +112,9 @@ def fold(model: nn.Module, pairs: Sequence[Pair], scales: Sequence[Scales]) -> F
             module = model.get_submodule(consumer.module)
             weight = _current(module, consumer.module, "weight", changed)
             column = torch.from_numpy(factor).to(weight)
-            changed[f"{consumer.module}.weight"] = matrix_of(module, matrix_of(module, weight) * column)
-    parameters = {name: model.get_parameter(name) for name in changed}
-    for name, value in changed.items():
-        limit = torch.finfo(parameters[name].dtype).max
-        if not bool((value.abs() <= limit).all()):
-            raise ModelError(f"{name}: does not fit {parameters[name].dtype} after smoothing; choose another alpha")
-    originals = {name: p.detach().clone() for name, p in parameters.items()}
-    with torch.no_grad():
-        for name in list(changed):
-            parameters[name].copy_(changed.pop(name))
-    return Folded(parameters, originals)
+            cured = scaled_columns(module, matrix_of(module, weight), column)
+            changed[f"{consumer.module}.weight"] = matrix_of(module, cured)
+    return Folded.write(model, changed, "after smoothing; choose another alpha")
 
 
 def _scale_producer(model: nn.Module, pair: Pair, values: Scales, changed: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`InputRotation`: an orthogonal change of the channels that a linear layer reads, computed as they arrive.
+
+QuaRot (Ashkboos et al. 2024, section 4): with an orthogonal R, ``(x R) (W R)^T = x W^T``, and x R has no outlier
+channels. R is block-diagonal, so that any even width will do and one block fits a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from calib.cures.hadamard import hadamard, power_of_two_in
+from calib.errors import UsageError
+from calib.quantized.recent import Recent
+
+__all__ = ["LARGEST_BLOCK", "InputRotation", "RotationHook", "rotation_of", "scaled_columns"]
+
+LARGEST_BLOCK = 512
+"""A float32 block of 512 x 512 is 1 MB: it stays in cache."""
+
+
+class InputRotation:
+    """R of one width: signs, then a Hadamard matrix on each block of neighbouring channels.
+
+    Args:
+        width: channels.
+        block: channels per block at most; the largest power of two that divides the width is taken up to this.
+        signs_seed: channel j is negated first if bit j of SHAKE-256 of the seed's decimal digits is set (lowest bit of
+            a byte first); none are negated without a seed.
+
+    Attributes:
+        block: channels per block.
+        signs: float32 ``[width]``, or None.
+
+    Raises:
+        UsageError: the width is odd, or the block is no power of two above 1.
+    """
+
+    def __init__(self, width: int, block: int = LARGEST_BLOCK, signs_seed: int | None = None) -> None:
+        if block < 2 or block & (block - 1):
+            raise UsageError(f"block {block}: no power of two above 1; choose 2, 4 ... {LARGEST_BLOCK}")
+        self.width = width
+        self.block = min(block, power_of_two_in(width))
+        if self.block < 2:
+            raise UsageError(f"width {width}: is odd, no Hadamard matrix divides it; leave this layer as it is")
+        self.signs = None if signs_seed is None else random_signs(width, signs_seed)
+        self._matrix = hadamard(self.block)
+        self._placed: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._recent: Recent[torch.Tensor] = Recent()
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """``x R`` for ``[..., width]``, in the dtype of x."""
+        matrix, signs = self._in(x)
+        return self._times(x if signs is None else x * signs, matrix)
+
+    def rotate_back(self, x: torch.Tensor) -> torch.Tensor:
+        """``x R^T`` for ``[..., width]``, in the dtype of x."""
+        matrix, signs = self._in(x)
+        result = self._times(x, matrix)  # the block is symmetric
+        return result if signs is None else result * signs
+
+    def forget(self) -> None:
+        """Lets go of the last rotated tensor."""
+        self._recent.forget()
+
+    def rotate_once(self, x: torch.Tensor) -> torch.Tensor:
+        """`rotate`, or its last result if that is of this very tensor: q, k and v read one."""
+        return self._recent.of(x, self, lambda: self.rotate(x))
+
+    def _times(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = (x.unflatten(-1, (-1, self.block)) @ matrix).flatten(-2)
+        return result
+
+    def _in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        key = (x.dtype, x.device)
+        if key not in self._placed:
+            signs = None if self.signs is None else self.signs.to(x.device, x.dtype)
+            self._placed[key] = self._matrix.to(x.device, x.dtype), signs
+        return self._placed[key]
+
+
+class RotationHook:
+    """A forward pre-hook that rotates the first tensor a module is called with.
+
+    Attributes:
+        rotation: shared by the modules of one width, so that those that read one tensor also get one rotated tensor.
+        fired: whether it was called.
+    """
+
+    def __init__(self, rotation: InputRotation) -> None:
+        self.rotation = rotation
+        self.fired = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with the first tensor rotated."""
+        self.fired = True
+        if args:
+            return (self.rotation.rotate_once(args[0]), *args[1:]), kwargs
+        name = next(key for key, value in kwargs.items() if isinstance(value, torch.Tensor))
+        return args, {**kwargs, name: self.rotation.rotate_once(kwargs[name])}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copied module rotates alike; what is remembered belongs to tensors, not to modules
+
+
+def random_signs(width: int, seed: int) -> torch.Tensor:
+    """Signs that any program can derive from a seed, float32 ``[width]``; see `InputRotation`."""
+    stream = hashlib.shake_256(str(seed).encode()).digest(-(-width // 8))
+    bits = np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")[:width]
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+
+
+def rotation_of(module: nn.Module) -> InputRotation | None:
+    """The rotation of a module's input, if there is one."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook.rotation for hook in hooks if isinstance(hook, RotationHook)), None)
+
+
+def scaled_columns(module: nn.Module, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight of a module for an input that was divided by `scales` before any rotation of it.
+
+    Args:
+        module: tells whether its input is rotated.
+        matrix: its weight, ``[outputs, inputs]``.
+        scales: ``[inputs]``.
+    """
+    rotation = rotation_of(module)
+    if rotation is None:
+        return matrix * scales
+    return rotation.rotate(rotation.rotate_back(matrix) * scales)
