@@ -3,12 +3,27 @@
 
 from __future__ import annotations
 
-from calib.export import (  # noqa: F401 - each registers its format
+# isort: off - the order is that of `calib formats`
+from calib.export import (  # noqa: F401  # noqa: F401  # noqa: F401
+    aimet,
     check_compressed_tensors,
     check_onnx,
+    check_tables,
+    check_torchao,
     compressed_tensors,
+    csv_table,
+    imatrix,
+    modelopt,
     onnx_qdq,
+    openvino_ir,
+    ort_calibration,
+    quark,
+    sglang_kv,
+    smoothquant,
+    torchao,
 )
+
+# isort: on
 from calib.export.compressed_tensors import CheckpointSummary, write_checkpoint
 from calib.export.formats import FORMATS, Format
 from calib.export.report import ConsumerReport, Verification

@@ -31,10 +31,10 @@ __all__ = ["check_onnx_qdq", "run_onnxruntime", "run_openvino"]
 LAYER_ALLOWANCE = 2.0**-20
 """Of one layer, relative to its largest output: int32 sums are exact, what is left is one float32 multiplication and
 addition, in another order."""
-FLIPS, FLOOR = 4.0, 1e-3
-"""Of the whole model: `FLOOR`, plus `FLIPS` times what a change of the embeddings by 1e-6 does to the quantized model.
+FLIPS, FLOOR = 3.0, 1e-3
+"""Of the whole model: `FLOOR`, plus `FLIPS` times what a change of the embeddings by 1e-4 does to the quantized model.
 A value between two codes takes the other one where sums before it were added in another order, and one code is 1/254 of
-a range; how far that spreads depends on the model."""
+a range; how far that spreads depends on the model. ONNX Runtime differs as much from itself without optimisation."""
 
 
 @checks("onnx-qdq")
@@ -85,7 +85,7 @@ def run_onnxruntime(folder: Path, manifest: ExportManifest | None, model: Opened
 
 @consumer(
     "openvino",
-    formats=("onnx-qdq", "openvino"),
+    formats=("onnx-qdq",),
     packages=("onnx", "onnxruntime", "openvino"),
     install="pip install 'calib[onnx,openvino]'",
 )

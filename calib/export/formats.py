@@ -50,7 +50,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {}
-"""By name, in the order in which `calib formats` lists them."""
+"""By name."""
 
 
 def register(

@@ -25,7 +25,7 @@ from calib.export.onnx_graph import FloatGraph, Product, float_graph, save_onnx
 from calib.export.request import ExportRequest, ExportSummary
 from calib.scales.grid import Grid
 
-__all__ = ["FILE", "export_onnx_qdq", "quantized_graph"]
+__all__ = ["FILE", "export_onnx_qdq", "quantized_graph", "weight_grid"]
 
 FILE = "model.onnx"
 _LARGEST_BIAS = 2**31 - 2**20  # an int32 sum must still fit above it
@@ -197,15 +197,19 @@ class _Rewriter:
         return self.model
 
 
-def _weight(weight: NDArray[np.float32], wanted: LinearRange) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Codes ``[in, out]`` and scales ``[out]``: those of the scale file, or amax / 127 of each output channel."""
+def weight_grid(weight: NDArray[np.float32], wanted: LinearRange) -> NDArray[np.float32]:
+    """Scales ``[out]`` of a weight ``[in, out]``: those of the scale file, or amax / 127 of each output channel."""
     record = wanted.weight
     if record is not None and isinstance(record.scale, list) and record.scheme.symmetric and record.scheme.bits == 8:
-        scale = np.array(record.scale, np.float32)
-    else:
-        amax = np.abs(weight).max(0).astype(np.float64)
-        whole = Grid(8).step(-float(amax.max()), float(amax.max()))
-        fallback = whole.scale if whole is not None else 1.0
-        scale = np.where(amax > 0, amax / 127, fallback).astype(np.float32)
+        return np.array(record.scale, np.float32)
+    amax = np.abs(weight).max(0).astype(np.float64)
+    whole = Grid(8).step(-float(amax.max()), float(amax.max()))
+    fallback = whole.scale if whole is not None else 1.0
+    return np.where(amax > 0, amax / 127, fallback).astype(np.float32)
+
+
+def _weight(weight: NDArray[np.float32], wanted: LinearRange) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes ``[in, out]`` and scales ``[out]``."""
+    scale = weight_grid(weight, wanted)
     codes = np.clip(np.rint(weight.astype(np.float32) / scale), -127, 127)
     return codes.astype(np.int8), scale

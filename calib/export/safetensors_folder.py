@@ -19,18 +19,19 @@ class SafetensorsFolder:
 
     Args:
         folder: to read.
+        single: name of the file where there is no index.
 
     Attributes:
         names: tensors that can be read, each with its file.
         problems: files that are missing, truncated or disagree with the index, one line each.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = "model.safetensors") -> None:
         self.folder = folder
         self.names: dict[str, Path] = {}
         self.problems: list[str] = []
         listed = self._index()
-        files = sorted(set(listed.values())) if listed else ["model.safetensors"]
+        files = sorted(set(listed.values())) if listed else [single]
         held: dict[str, str] = {}
         for file in files:
             path = folder / file

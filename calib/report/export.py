@@ -21,7 +21,7 @@ _SHOWN = 20
 def formats_table() -> list[dict[str, Any]]:
     """One row per format, without its writer."""
     rows = []
-    for found in FORMATS.values():
+    for _, found in sorted(FORMATS.items()):
         row = {key: value for key, value in vars(found).items() if key != "write"}
         rows.append({key: list(value) if isinstance(value, tuple) else value for key, value in row.items()})
     return rows

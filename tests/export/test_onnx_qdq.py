@@ -58,7 +58,7 @@ def test_every_linear_layer_runs_in_integers_in_both_runtimes(
         assert report.scales_read == report.scales == 2 * LAYERS[name]
         assert report.layer_difference < 1e-6
         assert report.model_difference < 0.01
-        assert report.allowance < 0.02
+        assert report.allowance < 0.1
 
 
 def test_the_float_twin_has_no_integer_layer_and_gives_nearly_the_same(bert_folder: Path) -> None:
