@@ -38,6 +38,7 @@ _PATTERNS: tuple[tuple[str, int], ...] = (
     (r"(hidden_size|d_model|n_embd|embed_dim|hidden_dim|dim|emb_dim|projection_dim|.*_hidden_size|.*_embed_dim)", 64),
     (r".*(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|expert_dim|feed_forward_size|intermediate_dim)", 96),
 )
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -67,6 +68,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_ocr": {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}},
     "glm4v": {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}},
     "deepseek_v4": {"compress_ratios": [2, 2]},
+    "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": _MROPE},
+        "vision_config": {"fullatt_block_indexes": [1], "window_size": 32},
+    },
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "qwen3_vl_moe": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "qwen3_omni_moe_thinker": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "swin": {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6]},
+    "swinv2": {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6]},
+    "donut-swin": {"embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6]},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "siglip2_vision_model": {"hidden_size": 64},
     "ministral": {"head_dim": 16},
 }
 
@@ -84,18 +101,25 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
         else:
             small[name] = value
     depth = config.get("num_hidden_layers") or config.get("n_layer")
-    for name, value in small.items():
-        if isinstance(value, list) and value and depth and len(value) == depth:
-            small[name] = _kinds(value, LAYERS)
-        elif name == "mrope_section":
-            small[name] = [2, 3, 3]
-        elif name == "per_layer_config" and isinstance(value, dict):
-            small[name] = {key: kept for key, kept in value.items() if int(key) < LAYERS}
+    small = {name: _short(name, value, depth) for name, value in small.items()}
     if config.get("qk_rope_head_dim") and "head_dim" in small:
         small["head_dim"] = small["qk_rope_head_dim"]
     if config.get("kv_lora_rank") is not None and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
+
+
+def _short(name: str, value: Any, depth: int | None) -> Any:
+    """Lists that have an entry per layer, or whose sum or names follow from the sizes."""
+    if name in ("out_features", "out_indices", "stage_names"):
+        return None
+    if name == "image_grid_pinpoints":
+        return [[32, 32]]
+    if name == "mrope_section":
+        return [2, 3, 3]
+    if name == "per_layer_config" and isinstance(value, dict):
+        return {key: kept for key, kept in value.items() if int(key) < LAYERS}
+    return _kinds(value, LAYERS) if isinstance(value, list) and value and len(value) == depth else value
 
 
 def _small(name: str, value: int) -> int:
@@ -206,7 +230,12 @@ def _with_images(model: Any, generator: torch.Generator) -> list[dict[str, Any]]
         "image_grid_thw": torch.tensor([[1, 2 * merge, 2 * merge]] * ROWS),
     }
     found = []
-    for images in (plain, grid, sizes):
+    several = [
+        {**images, "pixel_values": plain["pixel_values"][:, None].repeat(1, number, 1, 1, 1)}
+        for number in (1, 2)
+        for images in (plain, sizes)
+    ]
+    for images in (plain, grid, sizes, *several):
         count = _features(model, images)
         tokens = torch.randint(3, VOCABULARY - 41, (ROWS, TOKENS + (count or 0)), generator=generator)
         if count and token is not None:

@@ -17,7 +17,15 @@ from torch import nn
 
 from calib.errors import GateError, ModelError, UsageError
 from calib.kernels import Accumulator, Kernel, make_kernel
-from calib.measurement.gates import every_expert_routed, every_site_fired, finite, passes_complete
+from calib.measurement.gates import (
+    every_cache_seen,
+    every_expert_routed,
+    every_modality,
+    every_site_fired,
+    finite,
+    passes_complete,
+    reached,
+)
 from calib.measurement.hooks import PortHooks
 from calib.measurement.modality import ModalityAccumulator, modality_tokens
 from calib.measurement.passes import Passes
@@ -26,6 +34,7 @@ from calib.measurement.site import Gate, Site
 from calib.measurement.tracing import Group, Tracer
 from calib.sites import Port, Selection, find_ports
 from calib.sites.layout import to_blocks
+from calib.sites.structure import cached_attentions, inner_models
 from calib.sites.unused import WeightUse
 from calib.statistics import Observation, SiteStatistics, TokenRatio
 
@@ -42,9 +51,9 @@ class Calibration:
                 model(**batch)
         sites = calibration.sites()
 
-    Hooks exist only inside the context, whose end restores the model also after an exception; entering it again goes on
-    measuring. The first forward pass finds out which ports see the same tensor; from then on each is read once. A small
-    `probe` before it saves memory and makes the names of shards agree. Run under `torch.no_grad()`.
+    Hooks exist only inside the context; its end restores the model also after an exception, entering it again goes on.
+    The first forward pass finds out which ports see the same tensor; from then on each is read once. A small `probe`
+    before it saves memory and makes the names of shards agree. Run under `torch.no_grad()`.
 
     Args:
         model: any module; transformers models are understood down to queries and keys.
@@ -89,9 +98,8 @@ class Calibration:
         self.min_expert_tokens = min_expert_tokens
         self._keep_cache = keep_cache
         device = next((p.device.type for p in model.parameters()), "cpu")
-        self._kernel: Kernel = make_kernel(
-            kernel, device=device, full=statistics == "full", threads=threads or torch.get_num_threads()
-        )
+        threads = threads or torch.get_num_threads()
+        self._kernel: Kernel = make_kernel(kernel, device=device, full=statistics == "full", threads=threads)
         self._stack = ExitStack()
         self._hooks = PortHooks(model, self.ports, self._see, self._see_memory)
         modalities = modality_tokens(model)
@@ -247,8 +255,11 @@ class Calibration:
     def gates(self) -> list[Gate]:
         """The conditions on the run itself: every site fired, experts got tokens, values are finite, passes ended."""
         sites = self.sites()
+        silent = self._unseen(sites)
         return [
-            every_site_fired(self._unseen(sites), _reached(len(self.ports), self._by_weight)),
+            every_site_fired(silent, reached(len(self.ports), self._by_weight)),
+            every_modality(self._wanted_models(), {self.ports[number].module for number in self._fired}),
+            self._cache_gate(),
             every_expert_routed(self.routed.experts(), sites, self.min_expert_tokens),
             finite(sites),
             passes_complete(self.failed_forwards),
@@ -260,10 +271,18 @@ class Calibration:
     def _parts(self, accumulator: Accumulator) -> dict[str, SiteStatistics]:
         return accumulator.parts() if isinstance(accumulator, ModalityAccumulator) else {}
 
+    def _cache_gate(self) -> Gate:
+        layers = [n for n in cached_attentions(self.model) if self.selection.keeps([f"{n}:key"], "key")]
+        seen = {port.module for port in self.ports if port.port == "key"}
+        return every_cache_seen(layers, [name for name in layers if name not in seen])
+
+    def _wanted_models(self) -> list[str]:
+        wanted = {f"{port.module}." for port in self.ports if self.selection.keeps([port.name], port.kind)}
+        return [name for name in inner_models(self.model) if any(module.startswith(f"{name}.") for module in wanted)]
+
     def _roots(self) -> list[nn.Module]:
         """Modules that may be called from outside: the model, and the transformers models inside it."""
-        inner = [m for m in self.model.modules() if m is not self.model and hasattr(m, "get_input_embeddings")]
-        return [self.model, *inner]
+        return [self.model, *(self.model.get_submodule(name) for name in inner_models(self.model))]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._passes.begin(args, kwargs, counted=not self._probing):
@@ -344,7 +363,7 @@ class Calibration:
             self._tracer = Tracer(first=False)  # more calls than ever before
         view, aligned = to_blocks(tensor, self.ports[number].axes, self._passes.scope.batch)
         if self._tracer is not None:
-            if self._reads_memory(number, tensor):
+            if self._hooks.reads_memory(number, tensor, self._passes.scope.memory):
                 self._calls[number] -= 1
                 self._see_memory(number, tensor)
                 return
@@ -365,20 +384,6 @@ class Calibration:
         else:
             group.accumulator.update(view, self._passes.scope.plan(*view.shape[:2], aligned=aligned))
 
-    def _reads_memory(self, number: int, tensor: torch.Tensor) -> bool:
-        """Whether a port sees what a decoder attends to: a projection of it, its result, keys and values made of it."""
-        memory = self._passes.scope.memory
-        if memory is None:
-            return False
-        port = self.ports[number]
-        if port.port == "input" and tensor.untyped_storage() is memory[0].untyped_storage():
-            self._hooks.memory |= {n for n, p in enumerate(self.ports) if p.module == port.module}
-        elif port.port in ("key", "value"):
-            inside = f"{port.module}."
-            if any(self.ports[n].module.startswith(inside) for n in self._hooks.memory):
-                self._hooks.memory.add(number)
-        return number in self._hooks.memory
-
     def _trace(
         self, tracer: Tracer, seen: tuple[int, int], tensor: torch.Tensor, view: torch.Tensor, known: Group | None
     ) -> Group | None:
@@ -387,18 +392,9 @@ class Calibration:
         if known is None and self._traced and call < self._fired[number]:
             return None
         group, new = tracer.find(seen, tensor, view, known)
-        if known is None and new and self.ports[number].axes == "heads" and tensor.ndim == 4:
+        if known is None and self.ports[number].axes == "heads" and tensor.ndim == 4:
             group.heads = tensor.shape[1]
         if self._probing or not (new or known is not None):
             return None
         group.accumulator = group.accumulator or self._accumulator(group.channels)
         return group
-
-
-def _reached(ports: int, by_weight: set[str]) -> str:
-    """What the gate says if nothing is missing; what cannot be measured is named."""
-    if not by_weight:
-        return f"{ports} ports"
-    shown = sorted(by_weight)[:3]
-    more = f" and {len(by_weight) - 3} more" if len(by_weight) > 3 else ""
-    return f"{ports} ports; not measured, for the model uses the weight without the module: {', '.join(shown)}{more}"

@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from calib.measurement.site import Gate, Site
 
-__all__ = ["every_expert_routed", "every_site_fired", "expert_tokens", "finite", "passes_complete"]
+__all__ = [
+    "every_expert_routed",
+    "every_modality",
+    "every_site_fired",
+    "expert_tokens",
+    "finite",
+    "passes_complete",
+    "reached",
+]
 
 _SHOWN = 5
 _EXPERT = re.compile(r"(.*\bexperts\.(?:expert_)?\d+)\.[^:]*:")
@@ -28,6 +36,56 @@ def every_site_fired(silent: Sequence[str], ports: str) -> Gate:
         False,
         f"never reached: {_shown(silent)}; leave them out with --ignore, or use data that reaches them",
         tuple(silent),
+    )
+
+
+def reached(ports: int, by_weight: Iterable[str]) -> str:
+    """What `every_site_fired` says if nothing is missing; what cannot be measured is named.
+
+    Args:
+        ports: how many there are.
+        by_weight: modules whose weight the model uses without calling them.
+    """
+    names = sorted(by_weight)
+    unseen = f"; not measured, for the model uses the weight without the module: {_shown(names)}" if names else ""
+    return f"{ports} ports{unseen}"
+
+
+def every_modality(models: Sequence[str], ran: Collection[str]) -> Gate:
+    """Whether every model inside the model ran: data without images or audio leaves their tower silent.
+
+    Args:
+        models: names of the models inside the model.
+        ran: modules that did.
+    """
+    silent = [name for name in models if not any(f"{module}.".startswith(f"{name}.") for module in ran)]
+    outer = [name for name in silent if not any(name.startswith(f"{other}.") for other in silent)]
+    if not outer:
+        return Gate("every_modality", True, f"{len(models)} models inside" if models else "one model")
+    return Gate(
+        "every_modality",
+        False,
+        f"nothing reached {_shown(outer)}: the data has no images, audio or text for it; run data of the model's "
+        "processor inside `Calibration`, or leave it out with --ignore",
+        tuple(outer),
+    )
+
+
+def every_cache_seen(layers: Sequence[str], unseen: Sequence[str]) -> Gate:
+    """Whether keys and values of every attention that is given a cache can be measured.
+
+    Args:
+        layers: such attentions.
+        unseen: those of them that have no port for it: they compute attention in a way that is not known.
+    """
+    if not unseen:
+        return Gate("every_cache_seen", True, f"{len(layers)} layers" if layers else "no cache")
+    return Gate(
+        "every_cache_seen",
+        False,
+        f"keys and values of {_shown(unseen)} cannot be seen: it neither calls transformers' attention functions nor "
+        "`Cache.update`; leave them out with --ignore key --ignore value, and keep the cache in floating point",
+        tuple(unseen),
     )
 
 

@@ -71,6 +71,19 @@ class PortHooks:
         stack.enter_context(watch_cache({m: self._on_attention(p) for m, p in caches.items()}, stores=keep_cache))
         return modules
 
+    def reads_memory(self, number: int, tensor: torch.Tensor, memory: tuple[torch.Tensor, Any] | None) -> bool:
+        """Whether a port sees what a decoder attends to: a projection of it, its result, keys and values made of it."""
+        if memory is None:
+            return False
+        port = self.ports[number]
+        if port.port == "input" and tensor.untyped_storage() is memory[0].untyped_storage():
+            self.memory |= {n for n, p in enumerate(self.ports) if p.module == port.module}
+        elif port.port in ("key", "value"):
+            inside = f"{port.module}."
+            if any(self.ports[n].module.startswith(inside) for n in self.memory):
+                self.memory.add(number)
+        return number in self.memory
+
     def drop(self, needs: Callable[[int], bool]) -> None:
         """Takes away the hooks that are needed no more, and renews those of what turned out to be memory."""
         for number in list(self._handles):

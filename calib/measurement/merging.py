@@ -14,6 +14,9 @@ from calib.schema.provenance import RunProvenance
 __all__ = ["merged_gates", "merged_sites", "plan_gate"]
 
 
+_REACHES = ("every_site_fired", "every_modality")
+
+
 def merged_sites(mine: Mapping[str, Site], theirs: Mapping[str, Site]) -> dict[str, Site]:
     """All sites of both, in module order; a site of both holds the values of both.
 
@@ -69,20 +72,31 @@ def merged_gates(
     mine: Sequence[Gate], theirs: Sequence[Gate], sites: Mapping[str, Site], run: RunProvenance
 ) -> list[Gate]:
     """The gates of the whole: what one shard reached counts for both, the plan is complete if both together are."""
-    merged = []
     others = {gate.name: gate for gate in theirs}
-    for gate in mine:
-        other = others.get(gate.name, gate)
-        if gate.name == "plan_complete":
-            merged.append(plan_gate(run))
-        elif gate.name == "every_site_fired" and all(g.passed or g.names for g in (gate, other)):
-            merged.append(every_site_fired(sorted({*gate.names} & {*other.names}), gate.detail))
-        elif gate.name == "every_expert_routed":
-            merged.append(every_expert_routed([*gate.names, *other.names], sites, run.min_expert_tokens))
-        else:
-            failed = [g for g in (gate, other) if not g.passed]
-            merged.append(failed[0] if failed else gate)
-    return merged
+    return [_merged_gate(gate, others.get(gate.name, gate), sites, run) for gate in mine]
+
+
+def _merged_gate(gate: Gate, other: Gate, sites: Mapping[str, Site], run: RunProvenance) -> Gate:
+    if gate.name == "plan_complete":
+        return plan_gate(run)
+    if gate.name == "every_expert_routed":
+        return every_expert_routed([*gate.names, *other.names], sites, run.min_expert_tokens)
+    failed = [g for g in (gate, other) if not g.passed]
+    if not failed:
+        return gate
+    return _reached_together(gate, other) if gate.name in _REACHES else failed[0]
+
+
+def _reached_together(gate: Gate, other: Gate) -> Gate:
+    """What one part reached is reached; at least one of the gates failed."""
+    if gate.passed or other.passed:
+        return gate if gate.passed else other
+    if not (gate.names and other.names):  # files of version 1.0 have no names
+        return gate
+    common = sorted({*gate.names} & {*other.names})
+    if gate.name == "every_site_fired":
+        return every_site_fired(common, "every port in one part or the other")
+    return gate if common else Gate(gate.name, True, "all in one part or the other")
 
 
 def plan_gate(run: RunProvenance) -> Gate:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["calls_attention_interface", "updates_cache", "watch_cache"]
+__all__ = ["attends", "caches", "calls_attention_interface", "updates_cache", "watch_cache"]
 
+_CACHES = {"past_key_values", "past_key_value", "layer_past"}
 Report = Callable[[str, torch.Tensor], None]
 
 
@@ -27,10 +28,22 @@ def calls_attention_interface(module: nn.Module) -> bool:
     return any({"ALL_ATTENTION_FUNCTIONS", "get_interface"} & set(code.co_names) for code in _codes(module))
 
 
+def attends(module: nn.Module) -> bool:
+    """Whether a module, whatever its model declares, is attention: it dispatches to attention functions or caches."""
+    dispatches = any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _codes(module))
+    return dispatches or updates_cache(module)
+
+
+def caches(module: nn.Module) -> bool:
+    """Whether an attention is given a cache, whatever it does with it."""
+    return getattr(module, "is_decoder", True) is not False and any(
+        _CACHES & set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) for code in _codes(module)
+    )
+
+
 def updates_cache(module: nn.Module) -> bool:
     """Whether a forward puts keys and values in a cache that it is given."""
-    caches = {"past_key_values", "past_key_value", "layer_past"}
-    return any("update" in code.co_names and caches & set(code.co_varnames) for code in _codes(module))
+    return any("update" in code.co_names and _CACHES & set(code.co_varnames) for code in _codes(module))
 
 
 def _codes(module: nn.Module) -> Iterator[Any]:
@@ -40,6 +53,12 @@ def _codes(module: nn.Module) -> Iterator[Any]:
         if code is not None:
             yield code
         forward = getattr(forward, "__wrapped__", None)
+
+
+def _is_read(cache: Any, layer: Any) -> bool:
+    """Whether attention reads the layer of a cache otherwise than by `update`: sparse attention looks up its index."""
+    layers = getattr(cache, "layers", [])
+    return isinstance(layer, int) and layer < len(layers) and hasattr(layers[layer], "update_indexer")
 
 
 @contextmanager
@@ -67,7 +86,7 @@ def watch_cache(reports: dict[nn.Module, Report], *, stores: bool = True) -> Ite
         if running:
             reports[running[-1]]("key", key)
             reports[running[-1]]("value", value)
-            if not stores:
+            if not stores and not _is_read(self, args[0] if args else kwargs.get("layer_idx")):
                 return key, value
         return original(self, key, value, *args, **kwargs)
 

@@ -43,7 +43,7 @@ def _ports(model: nn.Module, structure: Structure) -> Iterator[Port]:
         return Port(name, where, kind, structure.order[name], layer, **more)
 
     for name in structure.embeddings:
-        yield port(name, "output", "embedding")
+        yield port(name, "output", "embedding", optional=len(structure.embeddings) > 1)
     for block in structure.blocks:
         yield from _block_ports(block, structure, port)
     for name in structure.attentions:

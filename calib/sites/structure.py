@@ -3,7 +3,7 @@
 
 transformers declares, on 375 of 530 modeling files, which classes are a model's blocks, attentions and routers
 (`_can_record_outputs`); where it does not, a stack of blocks is a `ModuleList` of several children of one class that
-contain linear layers.
+contain linear layers, and attention is what dispatches to transformers' attention functions or fills a cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Block", "Structure", "is_activation", "is_norm", "is_projection", "output_width"]
+from calib.sites.cache import attends, caches
+
+__all__ = [
+    "Block",
+    "Structure",
+    "cached_attentions",
+    "inner_models",
+    "is_activation",
+    "is_norm",
+    "is_projection",
+    "output_width",
+]
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Structure:
         structure = cls(order={name: i for i, (name, _) in enumerate(model.named_modules())})
         declared = _declared_classes(model)
         for module, name in names.items():
-            if isinstance(module, declared.get("attentions", ())):
+            if isinstance(module, declared.get("attentions", ())) or attends(module):
                 structure.attentions[name] = module
         for target, index in _routers(model):
             for module, name in names.items():
@@ -72,6 +83,16 @@ class Structure:
         """The innermost block that holds a module, if any."""
         held = [b for b in self.blocks if name == b.name or name.startswith(b.name + ".")]
         return max(held, key=lambda b: len(b.name), default=None)
+
+
+def cached_attentions(model: nn.Module) -> list[str]:
+    """Names of the attentions that are given a cache."""
+    return [name for name, module in Structure.of(model).attentions.items() if caches(module)]
+
+
+def inner_models(model: nn.Module) -> list[str]:
+    """Names of the transformers models inside a model: its stack, an encoder, a tower for images or audio."""
+    return [name for name, m in model.named_modules() if m is not model and hasattr(m, "get_input_embeddings")]
 
 
 def is_projection(module: nn.Module) -> bool:
