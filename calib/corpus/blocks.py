@@ -71,6 +71,44 @@ class TokenBlocks:
         rows = np.arange(len(self), dtype=np.int64)
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> TokenBlocks:
+        """Some of the rows, in the order given, with provenance of their own."""
+        chosen = np.asarray(rows, np.int64)
+        return self._with(self.input_ids[chosen], self.lengths[chosen], self.document[chosen], self.domain[chosen])
+
+    def with_prefix(self, token_ids: Sequence[int]) -> TokenBlocks:
+        """The same rows with tokens in front of each."""
+        front = np.broadcast_to(np.asarray(token_ids, np.int64), (len(self), len(token_ids)))
+        ids = np.concatenate([front, self.input_ids], axis=1)
+        return self._with(ids, self.lengths + len(token_ids), self.document, self.domain)
+
+    def truncated(self, max_length: int) -> TokenBlocks:
+        """The first tokens of each row."""
+        lengths = np.minimum(self.lengths, max_length)
+        return self._with(self.input_ids[:, :max_length], lengths, self.document, self.domain)
+
+    def _with(
+        self,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        document: NDArray[np.int64],
+        domain: NDArray[np.int64],
+    ) -> TokenBlocks:
+        counts = np.bincount(domain, minlength=len(self.domains))
+        provenance = self.provenance.model_copy(
+            update={
+                "blocks": len(input_ids),
+                "max_length": int(input_ids.shape[1]),
+                "tokens": int(lengths.sum()),
+                "documents": len(np.unique(document)),
+                "blocks_per_domain": dict(zip(self.domains, map(int, counts), strict=True)),
+                "content_sha256": _content_sha256(input_ids, lengths, document, domain, self.domains),
+            }
+        )
+        return replace(
+            self, input_ids=input_ids, lengths=lengths, document=document, domain=domain, provenance=provenance
+        )
+
 
 def build_blocks(
     specs: Iterable[str | Path] | str | Path | None,

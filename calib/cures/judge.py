@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Judge`: how far a changed model's outputs are from those of the float model, on blocks kept for that.
+
+Local errors mislead: what a rounding error costs is decided by the layers behind it. So candidates are compared by what
+comes out of the whole model: the Kullback-Leibler divergence of the next-token distribution where there is one, else
+the relative squared error of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from calib.corpus import TokenBlocks
+from calib.errors import GateError, UsageError
+from calib.evaluation.interval import Interval, mean_interval, perplexity_ratio
+
+__all__ = ["Judge", "Score"]
+
+_MOST_BYTES = 1 << 30
+"""Of reference outputs that are kept; rows beyond are not judged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One model, judged.
+
+    Attributes:
+        divergence: per block, float64 ``[blocks]``; 0 for the float model. Nats per token, or a relative squared error.
+        nll: negative log-likelihood per token, float64 ``[blocks, tokens]``; None if the model predicts no tokens.
+    """
+
+    divergence: NDArray[np.float64]
+    nll: NDArray[np.float64] | None
+
+    @property
+    def mean(self) -> float:
+        """The figure that candidates are compared by."""
+        return float(self.divergence.mean())
+
+    def interval(self) -> Interval:
+        """The same with a 90 % interval over blocks."""
+        return mean_interval(self.divergence)
+
+    def ratio(self, reference: NDArray[np.float64] | None) -> Interval | None:
+        """Perplexity over that of a reference on the same tokens, 90 % interval; None if there is none."""
+        if self.nll is None or reference is None:
+            return None
+        return perplexity_ratio(self.nll, reference)
+
+
+class Judge:
+    """Holds what the float model says about some blocks; made before anything is changed.
+
+    Args:
+        model: the float model.
+        blocks: of equal length.
+        prefix: token ids in front of each block, seen by the float model too, and not judged.
+        batch_size: blocks of a forward pass.
+
+    Attributes:
+        reference_nll: of the float model, float64 ``[blocks, tokens]``; None if it predicts no tokens.
+
+    Raises:
+        UsageError: blocks have different lengths, or the model gives no output to compare.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: TokenBlocks, *, prefix: Sequence[int] = (), batch_size: int = 4
+    ) -> None:
+        if (blocks.lengths != blocks.input_ids.shape[1]).any():
+            raise UsageError("cures: blocks of equal length are needed to compare models; use --layout blocks")
+        self._model = model
+        self._skip = len(prefix)
+        self._predicts = getattr(model, "get_output_embeddings", lambda: None)() is not None
+        rows = torch.from_numpy(blocks.with_prefix(prefix).input_ids)
+        self._batches = list(rows.split(batch_size))
+        self._references: list[torch.Tensor] = []
+        held = 0
+        nll = []
+        for number, ids in enumerate(self._batches):
+            output = self._run(ids)
+            held += output.numel() * output.element_size()
+            if number and held > _MOST_BYTES:
+                break
+            if self._predicts:
+                output = torch.log_softmax(output, -1)
+                nll.append(self._nll(output, ids))
+            self._references.append(output)
+        self._batches = self._batches[: len(self._references)]
+        self.reference_nll = np.concatenate(nll) if nll else None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are judged."""
+        return sum(len(batch) for batch in self._batches)
+
+    def judge(self) -> Score:
+        """Judges the model as it is now.
+
+        Raises:
+            GateError: an output is NaN.
+        """
+        divergence, nll = [], []
+        for ids, reference in zip(self._batches, self._references, strict=True):
+            output = self._run(ids)
+            if self._predicts:
+                output = torch.log_softmax(output, -1)
+                nll.append(self._nll(output, ids))
+                per_token = (reference.exp() * (reference - output)).sum(-1).double()
+                divergence.append(per_token.clamp(min=0).mean(-1))
+            else:
+                error = (reference - output).double().square().flatten(1).sum(1)
+                divergence.append(error / reference.double().square().flatten(1).sum(1))
+        values: NDArray[np.float64] = torch.cat(divergence).cpu().numpy()
+        if not np.isfinite(values).all():
+            raise GateError("cures: a candidate gives NaN or infinite outputs; check the dtype of the model")
+        return Score(values, np.concatenate(nll) if nll else None)
+
+    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+        model = self._model
+        with torch.no_grad():
+            output: Any = model(input_ids=ids.to(next(model.parameters()).device))
+        found = getattr(output, "logits", None)
+        if found is None:
+            found = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else None)
+        if not isinstance(found, torch.Tensor):
+            raise UsageError(f"{type(model).__name__}: gives neither logits nor hidden states; cure it in Python")
+        per_token = found.ndim == 3 and found.shape[1] == ids.shape[1]
+        return (found[:, self._skip : -1] if self._predicts and per_token else found).float()
+
+    def _nll(self, log_probabilities: torch.Tensor, ids: torch.Tensor) -> NDArray[np.float64]:
+        targets = ids[:, self._skip + 1 :].to(log_probabilities.device)
+        picked: NDArray[np.float64] = -log_probabilities.gather(-1, targets[..., None])[..., 0].double().cpu().numpy()
+        return picked

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search for cures may do, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from calib.cures.prefix import Prefix
+from calib.cures.smooth import Smoothing
+from calib.errors import UsageError
+from calib.evaluation.interval import Interval
+from calib.measurement.artifact import Measurement
+from calib.quantized import QuantizationPlan
+from calib.schema.scales import ScaleFile
+
+__all__ = ["CURES", "CureOptions", "Cured", "Row"]
+
+CURES: dict[str, str] = {
+    "smooth": "per-channel migration into the weights before and behind a tensor; an ordinary checkpoint",
+    "prefix": "tokens in front of every sequence that take the attention sink; the consumer must put them there",
+    "compensate": "weights rounded with error compensation (GPTQ); an ordinary checkpoint",
+    "keep": "the fewest layers left in float, by measured effect; an ignore list",
+}
+
+
+@dataclass(frozen=True)
+class CureOptions:
+    """What the search may do.
+
+    Attributes:
+        cures: allowed ones, of `CURES`.
+        target: largest ratio of perplexity to the float model (1 + relative error where nothing is predicted).
+        bits: of activations and weights.
+        symmetric: grid of activations.
+        keep: most layers left in float.
+        batch_size: blocks of a forward pass.
+        seed: unused by the deterministic search; recorded.
+    """
+
+    cures: tuple[str, ...] = ("smooth", "prefix", "compensate")
+    target: float = 1.01
+    bits: int = 8
+    symmetric: bool = True
+    keep: int = 0
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.cures:
+            if name not in CURES:
+                raise UsageError(f"--cure {name}: unknown; choose auto, none, or of {', '.join(CURES)}")
+        if self.target < 1:
+            raise UsageError(f"--target {self.target}: a ratio to the float model, 1 or more; 1.01 is 1 % worse")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the ablation table.
+
+    Attributes:
+        name: the cures.
+        divergence: on verification blocks, see `Judge`.
+        ratio: of perplexity to the float model with the same tokens in context; None if nothing is predicted.
+        seconds: that finding it took.
+    """
+
+    name: str
+    divergence: Interval
+    ratio: Interval | None
+    seconds: float
+
+
+@dataclass(eq=False)
+class Cured:
+    """What was found. The model carries the cures in its weights.
+
+    Attributes:
+        scales: of the cured model.
+        measurement: of the cured model, behind its prefix.
+        plan: of the quantized model, as an export has it.
+        prefix: tokens in front, or None.
+        smoothing: what was folded, or None.
+        rows: the ablation, in the order of the search; the last is what was chosen.
+        float_rows: reference perplexity of the float model without and with the prefix.
+        reason: why this was chosen.
+        skipped: cures that do not apply -> the reason.
+    """
+
+    scales: ScaleFile
+    measurement: Measurement
+    plan: QuantizationPlan
+    prefix: Prefix | None
+    smoothing: Smoothing | None
+    rows: list[Row]
+    reason: str
+    skipped: dict[str, str] = field(default_factory=dict)

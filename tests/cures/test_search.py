@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calib.corpus import TokenBlocks, build_blocks
+from calib.cures import SmoothingSweep, find_pairs
+from calib.cures.judge import Judge
+from calib.cures.prefix import find_prefixes
+from calib.cures.ranges import smoothed_ranges
+from calib.cures.result import CureOptions
+from calib.cures.search import find_cure
+from calib.errors import UsageError
+from calib.measurement import Measurement, MeasureOptions, measure
+from calib.models import OpenedModel, open_model
+from calib.quantized import QuantizedModel
+
+
+@pytest.fixture
+def opened(tiny_llama: Path) -> OpenedModel:
+    return open_model(tiny_llama, device="cpu")
+
+
+def spiked(opened: OpenedModel) -> None:
+    """Makes a few channels of what down_proj reads a hundred times larger: INT8 without a cure loses the others."""
+    for block in opened.model.model.layers:
+        with torch.no_grad():
+            block.mlp.up_proj.weight[:3] *= 100
+            block.mlp.down_proj.weight[:, :3] /= 100
+
+
+@pytest.fixture
+def blocks(opened: OpenedModel) -> TokenBlocks:
+    return build_blocks(["builtin:speeches"], opened.tokenizer, samples=12, max_length=32)
+
+
+@pytest.fixture
+def measurement(opened: OpenedModel, blocks: TokenBlocks) -> Measurement:
+    spiked(opened)
+    return measure(opened, blocks.select(range(8)), MeasureOptions(batch_size=4))
+
+
+def test_smoothed_ranges_are_those_of_a_new_measurement(
+    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
+) -> None:
+    smoothing = SmoothingSweep(find_pairs(opened.model), measurement).smoothing(0.7)
+    predicted = smoothed_ranges(measurement, smoothing)
+    with smoothing.apply(opened.model):
+        found = measure(opened, blocks.select(range(8)), MeasureOptions(batch_size=4))
+    changed = 0
+    for name, site in found.sites.items():
+        if "linear_input" not in site.kinds:
+            continue
+        want, got = site.statistics.range, predicted.sites[name].statistics.range
+        np.testing.assert_allclose(got.minimum, want.minimum, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(got.maximum, want.maximum, rtol=1e-3, atol=1e-6)
+        changed += got.amax != measurement.sites[name].statistics.range.amax
+    assert changed >= 4
+
+
+def test_the_judge_finds_nothing_in_the_float_model_and_something_in_a_changed_one(
+    opened: OpenedModel, blocks: TokenBlocks
+) -> None:
+    judge = Judge(opened.model, blocks.select(range(3)), prefix=[5])
+    assert judge.reference_nll is not None
+    assert judge.reference_nll.shape == (3, 31)
+    same = judge.judge()
+    assert same.mean == 0
+    ratio = same.ratio(judge.reference_nll)
+    assert ratio is not None
+    assert ratio.value == 1
+    with torch.no_grad():
+        opened.model.model.norm.weight *= 1.5
+    assert judge.judge().mean > 1e-4
+
+
+def test_the_search_finds_the_smoothing_that_planted_channels_need(
+    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
+) -> None:
+    lines: list[str] = []
+    before = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
+    options = CureOptions(cures=("smooth", "compensate"), target=1.0)
+    cured = find_cure(
+        opened, measurement, blocks.select(range(8)), blocks.select(range(8, 12)), options, say=lines.append
+    )
+    none, chosen = cured.rows[0], cured.rows[-1]
+    assert none.name == "none"
+    assert chosen.divergence.value < none.divergence.value / 3
+    assert [cure.kind for cure in cured.scales.cures][0] == "smooth"
+    after = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)  # the float function is kept
+    with QuantizedModel(opened.model, cured.plan) as quantized:
+        opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2]))
+    assert not quantized.silent()
+    assert cured.scales.measurement_sha256 == cured.measurement.sha256 != measurement.sha256
+    assert any("verified" in line for line in lines)
+
+
+def test_a_target_that_is_met_at_once_changes_nothing(
+    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
+) -> None:
+    state = {name: p.detach().clone() for name, p in opened.model.named_parameters()}
+    cured = find_cure(
+        opened, measurement, blocks.select(range(8)), blocks.select(range(8, 12)), CureOptions(target=50.0)
+    )
+    assert [row.name for row in cured.rows] == ["none"]
+    assert cured.scales.cures == []
+    assert "meets the target" in cured.reason
+    assert all(torch.equal(p, state[name]) for name, p in opened.model.named_parameters())
+
+
+def test_layers_are_kept_in_float_where_that_helps_most(
+    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
+) -> None:
+    options = CureOptions(cures=("keep",), target=1.0, keep=2)
+    cured = find_cure(opened, measurement, blocks.select(range(8)), blocks.select(range(8, 12)), options)
+    kept = next(cure for cure in cured.scales.cures if cure.kind == "keep").settings["modules"]
+    assert isinstance(kept, list)
+    assert 1 <= len(kept) <= 2
+    assert all(str(name).endswith("down_proj") for name in kept)
+    assert set(kept) <= set(cured.scales.ignore)
+    assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
+
+
+def test_a_prefix_outside_of_the_vocabulary_is_refused(opened: OpenedModel, blocks: TokenBlocks) -> None:
+    with pytest.raises(UsageError, match="token 999999 is outside of the vocabulary"):
+        find_prefixes(opened, blocks, candidates=[999999])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"cures": ("polish",)}, "--cure polish: unknown"), ({"target": 0.5}, "--target 0.5")],
+)
+def test_bad_options_are_named(options: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        CureOptions(**options)  # type: ignore[arg-type]
