@@ -100,8 +100,8 @@ def run_torchao(folder: Path, manifest: ExportManifest | None, model: OpenedMode
 def _weight(layer: Any, module: nn.Module) -> QuantizedWeight:
     """The codes that torchao made of a weight, if they are those of the format.
 
-    It multiplies by the reciprocal of the scale, so that about one code in a thousand is the neighbour of ours. Where the
-    difference is larger, or the scale another, ours are returned, for the comparison to fail.
+    It multiplies by the reciprocal of the scale, so that about one code in a thousand is the neighbour of ours. Where
+    the difference is larger, or the scale another, ours are returned, for the comparison to fail.
     """
     codes, scale = weight_codes(module.get_parameter("weight").detach())
     theirs = layer.weight

@@ -12,8 +12,9 @@ import click
 
 from calib.export import FORMATS, ExportSummary, Verification
 from calib.export.report import ConsumerReport
+from calib.schema.scales import ScaleFile
 
-__all__ = ["formats_table", "print_export", "print_formats", "print_verification"]
+__all__ = ["formats_table", "print_comparison", "print_export", "print_formats", "print_verification"]
 
 _SHOWN = 20
 
@@ -58,6 +59,22 @@ def print_export(summary: ExportSummary, folder: Path, *, as_json: bool) -> None
     for note in summary.notes:
         click.echo(f"note: {note}")
     click.echo(f"wrote {folder}")
+
+
+def print_comparison(published: ScaleFile, own: ScaleFile) -> None:
+    """Linear inputs, keys and values that both have, where their ranges differ most first."""
+    readers = {reader: tensor for name, tensor in own.tensors.items() for reader in [name, *tensor.shared_with]}
+    rows = []
+    for name, theirs in published.tensors.items():
+        ours = readers.get(name)
+        if ours is None or theirs.kind == "weight":
+            continue
+        first, second = (max(abs(t.range_min), abs(t.range_max)) for t in (theirs, ours))
+        rows.append((first / second, name, first, second))
+    rows.sort(key=lambda row: max(row[0], 1 / row[0]), reverse=True)
+    click.echo(f"{len(rows)} tensors in both; published range / own range, most different first")
+    for ratio, name, first, second in rows[:_SHOWN]:
+        click.echo(f"  {ratio:8.3f}  {first:12.6g}  {second:12.6g}  {name}")
 
 
 def print_verification(found: Verification, *, as_json: bool) -> None:
