@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from calib.measurement.engine import MeasureOptions
     from calib.models import OpenedModel
 
-__all__ = ["corpus_options", "measured", "model_options", "opened", "output_options", "run_options", "stop_signal"]
+__all__ = [
+    "batch_size",
+    "corpus_options",
+    "measured",
+    "model_options",
+    "opened",
+    "output_options",
+    "run_options",
+    "stop_signal",
+]
 
 Decorator = Callable[[Any], Any]
 
@@ -60,6 +69,9 @@ run_options = _together(
     click.option("--statistics", type=click.Choice(["full", "ranges"]), default="full", show_default=True),
     click.option("--kernel", type=click.Choice(["auto", "fused", "torch"]), default="auto", show_default=True),
     click.option("--sink-positions", default=4, show_default=True, help="First tokens of a block, kept apart."),
+    click.option(
+        "--generate", default=0, show_default=True, help="Continue each block by so many tokens, measured too."
+    ),
     click.option("--min-expert-tokens", default=1, show_default=True, help="Fewest tokens that each expert must get."),
     click.option("--force-experts", is_flag=True, help="Measure experts without tokens on some, apart, and mark them."),
     click.option("--shard", default="0/1", show_default=True, help="i/n: every n-th batch; see `calib merge`."),
@@ -113,13 +125,14 @@ def _options(given: dict[str, Any]) -> MeasureOptions:
     from calib.measurement.engine import MeasureOptions
 
     return MeasureOptions(
-        batch_size=_batch_size(given["batch_size"]),
+        batch_size=batch_size(given["batch_size"]),
         sites=given["site_patterns"],
         ignore=given["ignore"],
         statistics=given["statistics"],
         kernel=given["kernel"],
         sink_positions=given["sink_positions"],
         shard=_shard(given["shard"]),
+        generate=given["generate"],
         min_expert_tokens=given["min_expert_tokens"],
         force_experts=given["force_experts"],
         protocol=given.get("protocol"),
@@ -127,7 +140,8 @@ def _options(given: dict[str, Any]) -> MeasureOptions:
     )
 
 
-def _batch_size(text: str) -> int | None:
+def batch_size(text: str) -> int | None:
+    """Rows of a forward pass, None for `auto`."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:

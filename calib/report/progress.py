@@ -14,29 +14,31 @@ _LOG_SECONDS = 15.0
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with (tokens done, tokens in all)."""
+def progress(
+    *, quiet: bool = False, doing: str = "measuring", done: str = "measured"
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to call with (tokens done, tokens in all); the words say what is done to them."""
     if quiet:
         yield lambda done, total: None
     elif sys.stderr.isatty():
-        yield from _bar()
+        yield from _bar(doing)
     else:
-        yield _log()
+        yield _log(done)
 
 
-def _bar() -> Iterator[Callable[[int, int], None]]:
+def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("measuring"),
+        TextColumn(doing),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("measure", total=None, rate="")
+        task = bar.add_task(doing, total=None, rate="")
         begin = time.perf_counter()
 
         def report(done: int, total: int) -> None:
@@ -46,7 +48,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         yield report
 
 
-def _log() -> Callable[[int, int], None]:
+def _log(word: str) -> Callable[[int, int], None]:
     begin = last = time.perf_counter()
 
     def report(done: int, total: int) -> None:
@@ -57,6 +59,6 @@ def _log() -> Callable[[int, int], None]:
         last = now
         rate = done / max(now - begin, 1e-9)
         left = (total - done) / max(rate, 1e-9)
-        sys.stderr.write(f"measured {done:,} of {total:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left\n")
+        sys.stderr.write(f"{word} {done:,} of {total:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left\n")
 
     return report
