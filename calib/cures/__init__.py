@@ -6,6 +6,7 @@ from __future__ import annotations
 from calib.cures.find import find_pairs
 from calib.cures.fold import Folded, fold
 from calib.cures.input_rotation import InputRotation
+from calib.cures.offline import OfflineRotation
 from calib.cures.pairs import Consumer, Pair, Pairs
 from calib.cures.record import load_smoothing, save_smoothing, smoothing_record
 from calib.cures.rotate import OnlineRotation, Rotated
@@ -16,6 +17,7 @@ __all__ = [
     "Consumer",
     "Folded",
     "InputRotation",
+    "OfflineRotation",
     "OnlineRotation",
     "Pair",
     "Pairs",

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from calib.cures.input_rotation import scaled_columns
+from calib.cures.input_rotation import on_columns
 from calib.cures.linear import columns_of, is_linear, matrix_of, rows_of
 from calib.cures.pairs import Pair
 from calib.cures.rules import scaled
@@ -37,27 +38,35 @@ class Folded:
         self.names = tuple(self._parameters)
 
     @classmethod
-    def write(cls, model: nn.Module, values: dict[str, torch.Tensor], advice: str) -> Self:
-        """Writes values into parameters, each rounded once to its dtype; `values` is emptied on the way.
+    def write(cls, model: nn.Module, values: Iterable[tuple[str, torch.Tensor]], advice: str) -> Self:
+        """Writes values into parameters one by one, each rounded once to its dtype.
 
         Args:
             model: holds the parameters.
-            values: name -> float32, in the shape of the parameter.
+            values: name of a parameter and its new value, float32 in its shape; each name once. Made when it is
+                their turn, so that not all need be in memory.
             advice: what to do about a value that the dtype cannot hold.
 
         Raises:
             ModelError: a value does not fit; the model is as it was.
         """
-        parameters = {name: model.get_parameter(name) for name in values}
-        for name, value in values.items():
-            limit = torch.finfo(parameters[name].dtype).max
-            if not bool((value.abs() <= limit).all()):
-                raise ModelError(f"{name}: does not fit {parameters[name].dtype} {advice}")
-        originals = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name in list(values):
-                parameters[name].copy_(values.pop(name))
-        return cls(parameters, originals)
+        parameters: dict[str, nn.Parameter] = {}
+        originals: dict[str, torch.Tensor] = {}
+        try:
+            for name, value in values:
+                parameter = model.get_parameter(name)
+                if not bool((value.abs() <= torch.finfo(parameter.dtype).max).all()):
+                    raise ModelError(f"{name}: does not fit {parameter.dtype} {advice}")
+                originals[name] = parameter.detach().clone()
+                parameters[name] = parameter
+                with torch.no_grad():
+                    parameter.copy_(value)
+            return cls(parameters, originals)
+        except BaseException:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(originals[name])
+            raise
 
     def revert(self) -> None:
         """Puts the originals back; a second call does nothing.
@@ -112,9 +121,9 @@ def fold(model: nn.Module, pairs: Sequence[Pair], scales: Sequence[Scales]) -> F
             module = model.get_submodule(consumer.module)
             weight = _current(module, consumer.module, "weight", changed)
             column = torch.from_numpy(factor).to(weight)
-            cured = scaled_columns(module, matrix_of(module, weight), column)
+            cured = on_columns(module, matrix_of(module, weight), partial(torch.mul, column))
             changed[f"{consumer.module}.weight"] = matrix_of(module, cured)
-    return Folded.write(model, changed, "after smoothing; choose another alpha")
+    return Folded.write(model, changed.items(), "after smoothing; choose another alpha")
 
 
 def _scale_producer(model: nn.Module, pair: Pair, values: Scales, changed: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ channels. R is block-diagonal, so that any even width will do and one block fits
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from calib.cures.hadamard import hadamard, power_of_two_in
 from calib.errors import UsageError
 from calib.quantized.recent import Recent
 
-__all__ = ["LARGEST_BLOCK", "InputRotation", "RotationHook", "rotation_of", "scaled_columns"]
+__all__ = ["LARGEST_BLOCK", "InputRotation", "RotationHook", "on_columns", "random_signs", "rotation_of"]
 
 LARGEST_BLOCK = 512
 """A float32 block of 512 x 512 is 1 MB: it stays in cache."""
@@ -121,15 +122,7 @@ def rotation_of(module: nn.Module) -> InputRotation | None:
     return next((hook.rotation for hook in hooks if isinstance(hook, RotationHook)), None)
 
 
-def scaled_columns(module: nn.Module, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The weight of a module for an input that was divided by `scales` before any rotation of it.
-
-    Args:
-        module: tells whether its input is rotated.
-        matrix: its weight, ``[outputs, inputs]``.
-        scales: ``[inputs]``.
-    """
+def on_columns(module: nn.Module, matrix: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A weight ``[outputs, inputs]`` whose rows are changed as they were before any rotation of the module's input."""
     rotation = rotation_of(module)
-    if rotation is None:
-        return matrix * scales
-    return rotation.rotate(rotation.rotate_back(matrix) * scales)
+    return change(matrix) if rotation is None else rotation.rotate(change(rotation.rotate_back(matrix)))

@@ -128,7 +128,7 @@ class OnlineRotation:
                 rotations[width] = InputRotation(width, self.block, self.signs_seed)
             hooks[name] = RotationHook(rotations[width])
             weights[f"{name}.weight"] = matrix_of(modules[name], rotations[width].rotate(weight.float()))
-        folded = Folded.write(model, weights, "after rotation; load the model in a wider dtype")
+        folded = Folded.write(model, weights.items(), "after rotation; load the model in a wider dtype")
         handles = ExitStack()
         for rotation in rotations.values():
             handles.callback(rotation.forget)

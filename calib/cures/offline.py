@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OfflineRotation`: the residual stream, and the values of each head, in another basis; nothing is computed online.
+
+QuaRot (Ashkboos et al. 2024, sections 3 and 4.1, after SliceGPT, Ashkboos et al. 2024): an RMS norm without its weight
+commutes with an orthogonal R. So its weight moves into the layers that read it, what writes the stream is multiplied
+by R, and what reads it by R as well, whose transpose undoes it. The result is an ordinary checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from calib.cures.fold import Folded
+from calib.cures.input_rotation import on_columns
+from calib.cures.linear import matrix_of
+from calib.cures.pairs import Pairs
+from calib.cures.residual import Reader, ResidualStream, find_residual
+from calib.cures.rotate import Rotated
+from calib.cures.rotation import Rotation
+from calib.cures.scope import evaluating, example_inputs, tensors_in
+from calib.cures.value_heads import ValueHeads, find_value_heads
+from calib.errors import ModelError, UsageError
+from calib.schema.scales import CureRecord
+
+__all__ = ["OfflineRotation"]
+
+_LIMIT = {torch.float32: 1e-3, torch.float64: 1e-3}
+_LIMIT_HALF = 0.25
+"""Largest change of the logits, root mean square of the difference by that of the logits. A path of the stream that was
+missed meets channels in another basis, and changes them by about 1; the weights' new rounding by a few hundredths."""
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OfflineRotation:
+    """Rotations that weights alone can hold: decided, not yet applied.
+
+    Attributes:
+        stream: what reads and writes the residual stream, or None to leave it.
+        heads: values and output projections that are rotated head by head.
+        seed: of the random signs.
+        untie: whether the output head may get a weight of its own.
+    """
+
+    stream: ResidualStream | None
+    heads: tuple[ValueHeads, ...]
+    seed: int = 0
+    untie: bool = False
+
+    @classmethod
+    def find(
+        cls,
+        model: nn.Module,
+        pairs: Pairs,
+        *,
+        residual: bool = True,
+        heads: bool = True,
+        seed: int = 0,
+        untie: bool = False,
+        example: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    ) -> Self:
+        """Finds in a model what can be rotated.
+
+        Args:
+            model: a transformers language model; it is only run.
+            pairs: of this model.
+            residual: rotate the residual stream.
+            heads: rotate the values of each head.
+            seed: see the class.
+            untie: see the class.
+            example: see `find_pairs`.
+
+        Raises:
+            ModelError: the stream cannot be rotated; the message names the layer.
+            UsageError: there is nothing to rotate, or the head is tied to the embedding and may not be untied.
+        """
+        stream = find_residual(model, pairs, example) if residual else None
+        rotation = cls(stream, find_value_heads(model, pairs, example) if heads else (), seed, untie)
+        rotation._check_tied()
+        if stream is None and not rotation.heads:
+            raise UsageError(
+                f"{type(model).__name__}: no values were found to rotate; rotate its residual stream or inputs"
+            )
+        return rotation
+
+    def apply(self, model: nn.Module, example: torch.Tensor | Mapping[str, torch.Tensor] | None = None) -> Rotated:
+        """Rotates weights in place, in float32 with one rounding, and compares the logits of an example.
+
+        Raises:
+            ModelError: a weight is shared with a module that does not take part, does not fit its dtype, or the logits
+                differ; the model is as it was.
+            UsageError: the head is tied to the embedding and may not be untied.
+        """
+        self._check_tied()
+        inputs = example if isinstance(example, Mapping) else example_inputs(model, example)
+        expected = _logits(model, inputs)
+        undo = ExitStack()
+        try:
+            if self.stream is not None and self.stream.tied:
+                undo.callback(_untied(model, self.stream.head))
+            changes = self._changes(model)
+            _check_shared(model, changes)
+            folded = Folded.write(model, _changed(model, changes), "after rotation; load the model in a wider dtype")
+        except BaseException:
+            undo.close()
+            raise
+        rotated = Rotated(folded, {}, undo)
+        try:
+            self._compare(model, expected, _logits(model, inputs))
+        except BaseException:
+            rotated.revert()
+            raise
+        return rotated
+
+    def record(self) -> CureRecord:
+        """An entry of `cures` in scales.json."""
+        parts = ([] if self.stream is None else ["the residual stream"]) + (
+            [f"the heads of {len(self.heads)} value projections"] if self.heads else []
+        )
+        return CureRecord(
+            kind="rotate",
+            summary=f"{' and '.join(parts)} rotated in the weights",
+            settings={
+                "where": "weights",
+                "residual": self.stream is not None,
+                "heads": [heads.pair.name for heads in self.heads],
+                "untied": self.stream is not None and self.stream.tied,
+                "signs_seed": self.seed,
+            },
+        )
+
+    def _check_tied(self) -> None:
+        if self.stream is not None and self.stream.tied and not self.untie:
+            norm = self.stream.readers[-1].norm
+            raise UsageError(
+                f"{self.stream.head}: shares its weight with {self.stream.embedding}, so that of {norm} cannot move "
+                "into it; pass untie=True to give the head a copy of its own"
+            )
+
+    def _changes(self, model: nn.Module) -> dict[str, list[Change]]:
+        """By parameter, what is done to it: to float32 ``[outputs, inputs]``, or ``[outputs]`` of a bias."""
+        changes: dict[str, list[Change]] = {}
+
+        def add(name: str, change: Change) -> None:
+            changes.setdefault(name, []).append(change)
+
+        def add_rows(module: str, change: Change) -> None:
+            add(f"{module}.weight", lambda w: change(w.T).T)
+            if model.get_submodule(module)._parameters.get("bias") is not None:
+                add(f"{module}.bias", change)
+
+        def add_columns(module: str, change: Change) -> None:
+            add(f"{module}.weight", partial(on_columns, model.get_submodule(module), change=change))
+
+        if self.stream is not None:
+            rotate = Rotation(self.stream.width, self.seed).rotate
+            add(f"{self.stream.embedding}.weight", rotate)
+            for reader in self.stream.readers:
+                add(f"{reader.norm}.weight", torch.zeros_like if reader.rule == "norm_plus_one" else torch.ones_like)
+                multiplier = _multiplier(model, reader)
+                for name in reader.consumers:
+                    add_columns(name, partial(torch.mul, multiplier))
+                    add_columns(name, rotate)
+            for name in self.stream.writers:
+                add_rows(name, rotate)
+        for heads in self.heads:
+            rotation = Rotation(heads.size, self.seed)
+            add_rows(heads.pair.producer, partial(heads.rotate_rows, rotation=rotation))
+            for consumer in heads.pair.consumers:
+                add_columns(consumer.module, partial(heads.rotate_columns, rotation=rotation))
+        return changes
+
+    @staticmethod
+    def _compare(model: nn.Module, expected: torch.Tensor, result: torch.Tensor) -> None:
+        limit = _LIMIT.get(next(p.dtype for p in model.parameters() if p.is_floating_point()), _LIMIT_HALF)
+        size = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+        error = float((result - expected).square().mean().sqrt() / size)
+        if not error <= limit:
+            raise ModelError(
+                f"{type(model).__name__}: its logits change by {error:.2g} of their size when it is rotated: something "
+                "reads or writes the residual stream unseen; rotate inputs online"
+            )
+
+
+def _changed(model: nn.Module, changes: Mapping[str, list[Change]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, steps in changes.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        value = model.get_parameter(name).detach().float()
+        if value.ndim > 1:
+            value = matrix_of(module, value)
+        for step in steps:
+            value = step(value)
+        yield name, matrix_of(module, value) if value.ndim > 1 else value
+
+
+def _multiplier(model: nn.Module, reader: Reader) -> torch.Tensor:
+    weight = model.get_submodule(reader.norm).get_parameter("weight").detach().float()
+    return 1 + weight if reader.rule == "norm_plus_one" else weight.clone()
+
+
+def _check_shared(model: nn.Module, changes: Mapping[str, object]) -> None:
+    """Two names of one parameter, of which the change of one would be seen under the other."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for held in names.values():
+        if len(held) > 1 and any(name in changes for name in held):
+            raise ModelError(
+                f"{held[0]}: is shared with {held[1]}, so it cannot be rotated for both; rotate inputs online"
+            )
+
+
+def _untied(model: nn.Module, head: str) -> Callable[[], None]:
+    """Gives the head a copy of its weight; returns what takes it back."""
+    module = model.get_submodule(head)
+    own = module.get_parameter("weight")
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    tying = [c for c in configs.values() if getattr(c, "tie_word_embeddings", False)]
+    module._parameters["weight"] = nn.Parameter(own.detach().clone(), own.requires_grad)
+    for config in tying:
+        config.tie_word_embeddings = False  # or a reader of the saved model would tie them again
+
+    def tie() -> None:
+        module._parameters["weight"] = own
+        for config in tying:
+            config.tie_word_embeddings = True
+
+    return tie
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    with torch.no_grad(), evaluating(model):
+        return tensors_in(model(**inputs))[0].float()
