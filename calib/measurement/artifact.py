@@ -91,6 +91,7 @@ class Measurement:
             ("sink positions", self.run.sink_positions, other.run.sink_positions),
             ("statistics", self.full, other.full),
             ("protocol", self.run.protocol, other.run.protocol),
+            ("generated tokens", self.run.generate, other.run.generate),
             ("selection", self._selection, other._selection),
         ):
             if mine != theirs:

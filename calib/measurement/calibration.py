@@ -34,7 +34,7 @@ from calib.measurement.site import Gate, Site
 from calib.measurement.tracing import Group, Tracer
 from calib.sites import Port, Selection, find_ports
 from calib.sites.layout import to_blocks
-from calib.sites.structure import cached_attentions, inner_models
+from calib.sites.structure import inner_models
 from calib.sites.unused import WeightUse
 from calib.statistics import Observation, SiteStatistics, TokenRatio
 
@@ -101,10 +101,10 @@ class Calibration:
         threads = threads or torch.get_num_threads()
         self._kernel: Kernel = make_kernel(kernel, device=device, full=statistics == "full", threads=threads)
         self._stack = ExitStack()
-        self._hooks = PortHooks(model, self.ports, self._see, self._see_memory)
         modalities = modality_tokens(model)
         self._apart = bool(modalities)
         self._passes = Passes(sink_positions, modalities)
+        self._hooks = PortHooks(model, self.ports, self._passes, self._see, self._see_memory)
         self.routed = RoutedSites(
             model, self.ports, self.selection, self._passes, self._accumulator, forces=force_experts
         )
@@ -178,6 +178,7 @@ class Calibration:
         document: NDArray[np.int64] | None = None,
         domain: NDArray[np.int16] | None = None,
         valid: NDArray[np.bool_] | None = None,
+        passes: int = 1,
     ) -> None:
         """Says where the rows of the next forward pass come from.
 
@@ -185,7 +186,9 @@ class Calibration:
             document: int64 ``[rows]``; rows are numbered through if it is never given.
             domain: int16 ``[rows]``.
             valid: bool ``[rows, tokens]``, False on padding; read from ``attention_mask`` if it is not given.
+            passes: for how many passes this holds: one per new token in generation.
         """
+        self._passes.annotated_passes = passes
         given = {"document": document, "domain": domain, "valid": valid}
         self._passes.annotation = {name: array for name, array in given.items() if array is not None}
 
@@ -258,8 +261,8 @@ class Calibration:
         silent = self._unseen(sites)
         return [
             every_site_fired(silent, reached(len(self.ports), self._by_weight)),
-            every_modality(self._wanted_models(), {self.ports[number].module for number in self._fired}),
-            self._cache_gate(),
+            every_modality(self.model, self.ports, self.selection, {self.ports[n].module for n in self._fired}),
+            every_cache_seen(self.model, self.ports, self.selection),
             every_expert_routed(self.routed.experts(), sites, self.min_expert_tokens),
             finite(sites),
             passes_complete(self.failed_forwards),
@@ -270,15 +273,6 @@ class Calibration:
 
     def _parts(self, accumulator: Accumulator) -> dict[str, SiteStatistics]:
         return accumulator.parts() if isinstance(accumulator, ModalityAccumulator) else {}
-
-    def _cache_gate(self) -> Gate:
-        layers = [n for n in cached_attentions(self.model) if self.selection.keeps([f"{n}:key"], "key")]
-        seen = {port.module for port in self.ports if port.port == "key"}
-        return every_cache_seen(layers, [name for name in layers if name not in seen])
-
-    def _wanted_models(self) -> list[str]:
-        wanted = {f"{port.module}." for port in self.ports if self.selection.keeps([port.name], port.kind)}
-        return [name for name in inner_models(self.model) if any(module.startswith(f"{name}.") for module in wanted)]
 
     def _roots(self) -> list[nn.Module]:
         """Modules that may be called from outside: the model, and the transformers models inside it."""
@@ -339,6 +333,8 @@ class Calibration:
     def _see_memory(self, number: int, tensor: Any) -> None:
         """A port of what a decoder attends to: its rows are the encoder's tokens."""
         scope = self._passes.scope
+        if scope.past:  # the encoder's keys come out of the cache as they were
+            return
         self._passes.scope = scope.memory[1] if scope.memory is not None else scope
         try:
             self._see(number, tensor)

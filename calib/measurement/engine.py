@@ -51,6 +51,8 @@ class MeasureOptions:
         weights: measure the weights too.
         min_expert_tokens: fewest tokens that each expert must get for its gate to hold.
         force_experts: experts without tokens are measured on some that are sent to them, and marked.
+        generate: tokens that the model continues each block by, greedily; they are measured as they are computed, one
+            by one, beside the block itself.
         protocol: recorded.
         command: recorded.
     """
@@ -66,6 +68,7 @@ class MeasureOptions:
     weights: bool = True
     min_expert_tokens: int = 1
     force_experts: bool = False
+    generate: int = 0
     protocol: str | None = None
     command: str = "calib.measure"
 
@@ -114,18 +117,19 @@ def measure(
         sink_positions=options.sink_positions,
         min_expert_tokens=options.min_expert_tokens,
         force_experts=options.force_experts,
-        keep_cache=False,
+        keep_cache=options.generate > 0,
     )
+    _check_generation(opened, blocks, options.generate)
     started, begin = datetime.now(UTC), time.perf_counter()
     total = int(sum(blocks.lengths[plan[i]].sum() for i in mine))
     done, run = 0, []
-    head = without_head(model) if can_skip_head(model, device) else nullcontext()
+    head = without_head(model) if not options.generate and can_skip_head(model, device) else nullcontext()
     with torch.no_grad(), evaluating(model), head, calibration, around(calibration) if around else nullcontext():
         with calibration.probe():  # of the whole plan's first row, so that all shards find the same aliases
             _forward(opened, calibration, blocks, plan[0][:1], device, width=_PROBE_TOKENS)
         for index in mine:
             rows = plan[index]
-            _forward(opened, calibration, blocks, rows, device)
+            _forward(opened, calibration, blocks, rows, device, generate=options.generate)
             run.append(index)
             done += int(blocks.lengths[rows].sum())
             if progress is not None:
@@ -154,6 +158,7 @@ def measure(
         protocol=options.protocol,
         min_expert_tokens=options.min_expert_tokens,
         force_experts=options.force_experts,
+        generate=options.generate,
     )
     sites = calibration.sites()
     gates = [*calibration.gates(), plan_gate(provenance)]
@@ -184,6 +189,7 @@ def resume(
         ("--ignore", held.run.ignore_pattern, list(options.ignore)),
         ("--statistics", "full" if held.full else "ranges", options.statistics),
         ("--protocol", held.run.protocol, options.protocol),
+        ("--generate", held.run.generate, options.generate),
     ):
         if before != now:
             raise ArtifactError(
@@ -202,20 +208,40 @@ def _forward(
     device: torch.device,
     *,
     width: int | None = None,
+    generate: int = 0,
 ) -> None:
-    """One batch, or the first `width` tokens of it. Padding is cut to the longest row and masked."""
+    """One batch, or the first `width` tokens of it. Padding is cut to the longest row and masked.
+
+    With `generate` the model goes on greedily for that many tokens.
+    """
     lengths = np.minimum(blocks.lengths[rows], width or blocks.input_ids.shape[1])
     width = int(lengths.max())
     ids = blocks.input_ids[rows, :width]
     valid = np.arange(width) < lengths[:, None]
-    calibration.annotate(document=blocks.document[rows], domain=blocks.domain[rows].astype(np.int16), valid=valid)
+    domain = blocks.domain[rows].astype(np.int16)
+    calibration.annotate(document=blocks.document[rows], domain=domain, valid=valid, passes=max(1, generate))
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device)}
     if not valid.all():
         inputs["attention_mask"] = torch.from_numpy(valid.astype(np.int64)).to(device)
     if takes_cache(opened.model):
         inputs["use_cache"] = calibration.watches_cache
+    model: Any = opened.model
     with explained(opened, ids.shape):
-        opened.model(**inputs)
+        if generate:
+            exactly = {"max_new_tokens": generate, "min_new_tokens": generate}
+            model.generate(inputs["input_ids"], do_sample=False, num_beams=1, pad_token_id=0, **exactly)
+        else:
+            model(**inputs)
+
+
+def _check_generation(opened: OpenedModel, blocks: TokenBlocks, generate: int) -> None:
+    if generate < 0:
+        raise UsageError(f"--generate {generate}: negative; pass a number of tokens")
+    can = getattr(opened.model, "can_generate", None)
+    if generate and not (can is not None and can()):
+        raise UsageError(f"--generate: {type(opened.model).__name__} does not generate; leave the option out")
+    if generate and len(set(blocks.lengths.tolist())) > 1:
+        raise UsageError("--generate: needs blocks of equal length; pass --layout blocks")
 
 
 def _device(opened: OpenedModel) -> torch.device:

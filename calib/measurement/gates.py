@@ -6,7 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from torch import nn
+
 from calib.measurement.site import Gate, Site
+from calib.sites import Port, Selection
+from calib.sites.structure import cached_attentions, inner_models
 
 __all__ = [
     "every_expert_routed",
@@ -51,13 +55,17 @@ def reached(ports: int, by_weight: Iterable[str]) -> str:
     return f"{ports} ports{unseen}"
 
 
-def every_modality(models: Sequence[str], ran: Collection[str]) -> Gate:
-    """Whether every model inside the model ran: data without images or audio leaves their tower silent.
+def every_modality(model: nn.Module, ports: Sequence[Port], selection: Selection, ran: Collection[str]) -> Gate:
+    """Whether every model inside a model ran: data without images or audio leaves their tower silent.
 
     Args:
-        models: names of the models inside the model.
-        ran: modules that did.
+        model: the model.
+        ports: all of its ports.
+        selection: what is wanted; a tower of which nothing is wanted may be silent.
+        ran: modules that ran.
     """
+    wanted = {f"{port.module}." for port in ports if selection.keeps([port.name], port.kind)}
+    models = [name for name in inner_models(model) if any(module.startswith(f"{name}.") for module in wanted)]
     silent = [name for name in models if not any(f"{module}.".startswith(f"{name}.") for module in ran)]
     outer = [name for name in silent if not any(name.startswith(f"{other}.") for other in silent)]
     if not outer:
@@ -71,13 +79,11 @@ def every_modality(models: Sequence[str], ran: Collection[str]) -> Gate:
     )
 
 
-def every_cache_seen(layers: Sequence[str], unseen: Sequence[str]) -> Gate:
-    """Whether keys and values of every attention that is given a cache can be measured.
-
-    Args:
-        layers: such attentions.
-        unseen: those of them that have no port for it: they compute attention in a way that is not known.
-    """
+def every_cache_seen(model: nn.Module, ports: Sequence[Port], selection: Selection) -> Gate:
+    """Whether every attention that is given a cache has ports for keys and values; some attend in their own way."""
+    layers = [name for name in cached_attentions(model) if selection.keeps([f"{name}:key"], "key")]
+    seen = {port.module for port in ports if port.port == "key"}
+    unseen = [name for name in layers if name not in seen]
     if not unseen:
         return Gate("every_cache_seen", True, f"{len(layers)} layers" if layers else "no cache")
     return Gate(

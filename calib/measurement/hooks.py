@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from calib.errors import ModelError
+from calib.measurement.passes import Passes
 from calib.sites import Port
 from calib.sites.attention import watch_attention
 from calib.sites.cache import watch_cache
@@ -26,12 +27,13 @@ class PortHooks:
     Args:
         model: the model.
         ports: all of its ports; those of fused experts have no hook.
+        passes: which tokens run.
         see: called with the number of a port and its tensor.
         see_memory: the same for ports in `memory`, what a decoder attends to.
     """
 
-    def __init__(self, model: nn.Module, ports: list[Port], see: See, see_memory: See) -> None:
-        self.model, self.ports = model, ports
+    def __init__(self, model: nn.Module, ports: list[Port], passes: Passes, see: See, see_memory: See) -> None:
+        self.model, self.ports, self._passes = model, ports, passes
         self.memory: set[int] = set()
         self._see, self._see_memory = see, see_memory
         self._modules: dict[str, nn.Module] = {}
@@ -134,6 +136,9 @@ class PortHooks:
     def _on_attention(self, parts: dict[str, int]) -> Callable[[str, torch.Tensor], None]:
         def report(part: str, tensor: torch.Tensor) -> None:
             if part in parts:
+                scope = self._passes.scope
+                if scope.past and scope.batch is not None and part != "query":  # of earlier tokens all was seen before
+                    tensor = tensor[:, :, -scope.batch[1] :]
                 self._seer(parts[part])(parts[part], tensor)
 
         return report

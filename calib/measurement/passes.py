@@ -103,6 +103,7 @@ class Passes:
         self.scope = Scope()
         self.rows = 0
         self.annotation: dict[str, NDArray[Any]] = {}
+        self.annotated_passes = 1
         self.finished = True
         self._outer: list[Scope] = []
         self._made: list[tuple[weakref.ref[torch.Tensor], Scope]] = []
@@ -130,7 +131,9 @@ class Passes:
         inner = self.scope
         self.scope = self._outer.pop()
         if not self._outer:
-            self.annotation = {}
+            self.annotated_passes -= 1
+            if self.annotated_passes < 1:
+                self.annotation, self.annotated_passes = {}, 1
             self._made.clear()
             self.scope = Scope()
             return True

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calib.statistics.site import SiteStatistics
 from calib.statistics.weights import WeightStatistics
 
@@ -51,6 +54,15 @@ class Site:
     def kinds(self) -> set[str]:
         """Its kind and those of its aliases."""
         return {self.kind, *self.aliases.values()}
+
+    @property
+    def head_amax(self) -> NDArray[np.float32] | None:
+        """Largest magnitude of each head, float32 ``[heads]``; None if it has none, or ranges only were measured."""
+        channels = self.statistics.channels
+        if self.heads is None or channels is None:
+            return None
+        amax: NDArray[np.float32] = channels.amax.reshape(self.heads, -1).max(axis=1)
+        return amax
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,4 +98,5 @@ class RunProvenance(Strict):
     versions: dict[str, str]
     protocol: str | None = None
     min_expert_tokens: int = Field(default=1, description="Fewest tokens of an expert for its gate to hold")
+    generate: int = Field(default=0, description="Tokens that each block was continued by, greedily, and measured")
     force_experts: bool = Field(default=False, description="Experts without tokens were measured on some, and marked")

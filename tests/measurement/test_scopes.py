@@ -88,10 +88,8 @@ def test_inline_attention_shows_keys_and_values_on_their_way_into_the_cache(clas
             assert (site.statistics.range.min, site.statistics.range.max) == (held.min().item(), held.max().item())
             assert site.channels == held.shape[1] * held.shape[3]
             assert site.heads == held.shape[1]
-            channels = site.statistics.channels
-            assert channels is not None
-            per_head = channels.amax.reshape(site.heads, -1).max(axis=1)
-            assert per_head.tolist() == held.abs().amax(dim=(0, 2, 3)).tolist()
+            assert site.head_amax is not None
+            assert site.head_amax.tolist() == held.abs().amax(dim=(0, 2, 3)).tolist()
 
 
 def test_latent_attention_shows_what_it_keeps_and_what_it_attends_to() -> None:
@@ -226,3 +224,23 @@ def test_documents_of_a_decoder_are_those_of_its_rows() -> None:
         model(input_ids=torch.randint(3, 60, (2, 12)), decoder_input_ids=torch.randint(3, 60, (2, 5)))
     for site in calibration.sites().values():
         assert site.statistics.documents.document.tolist() == [3, 7], site.name
+
+
+def test_continuations_are_measured_beside_the_blocks(llama: Any, blocks: Any) -> None:
+    from dataclasses import replace
+
+    from calib.measurement import MeasureOptions, measure
+
+    options = MeasureOptions(batch_size=2, weights=False)
+    plain, longer = measure(llama, blocks, options), measure(llama, blocks, replace(options, generate=3))
+    rows, length = blocks.input_ids.shape
+    for name, site in longer.sites.items():
+        if name.startswith("lm_head"):
+            continue
+        count = site.statistics.range.count
+        assert count.sum() == rows * (length + 2) * site.channels, name  # the last token is chosen, not read
+        assert count[SINK] == plain.sites[name].statistics.range.count[SINK]
+        assert site.statistics.documents.document.tolist() == plain.sites[name].statistics.documents.document.tolist()
+        assert site.statistics.range.amax >= plain.sites[name].statistics.range.amax
+    assert longer.run.generate == 3
+    assert longer.passed
