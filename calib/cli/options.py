@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "batch_size",
+    "build_corpus",
     "corpus_options",
     "measured",
+    "measured_blocks",
     "model_options",
     "opened",
     "output_options",
@@ -97,11 +99,17 @@ def measured(found: OpenedModel, given: dict[str, Any], held: Measurement | None
 
     What `held` has is not measured again.
     """
+    return measured_blocks(found, build_corpus(found, given), given, held)
+
+
+def measured_blocks(
+    found: OpenedModel, blocks: TokenBlocks, given: dict[str, Any], held: Measurement | None = None
+) -> tuple[Measurement, bool]:
+    """The same for blocks that are there already."""
     from calib.measurement.engine import measure, resume
     from calib.protocols.massive_tokens import massive_tokens
     from calib.report.progress import progress
 
-    blocks = _blocks(found, given)
     quiet = given["quiet"] or given["as_json"]
     for note in () if quiet else blocks.notes:
         click.echo(f"note: {note}", err=True)
@@ -114,7 +122,8 @@ def measured(found: OpenedModel, given: dict[str, Any], held: Measurement | None
         return measurement, should_stop()
 
 
-def _blocks(found: OpenedModel, given: dict[str, Any]) -> TokenBlocks:
+def build_corpus(found: OpenedModel, given: dict[str, Any]) -> TokenBlocks:
+    """The blocks of tokens that the options name."""
     from calib.corpus import build_blocks
 
     names = ("samples", "max_length", "seed", "layout", "add_bos", "chat_template")

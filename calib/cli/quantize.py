@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calib.cli.config import RecipeCommand
+from calib.cli.cure import cure_options, quantize_cured
 from calib.cli.options import corpus_options, measured, model_options, opened, output_options, run_options
 from calib.cli.protocols import quantize_by_protocol
-from calib.errors import GateError, Interrupted
+from calib.errors import GateError, Interrupted, UsageError
 from calib.output import output_folder, require_free
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ RECORD = "measurement.json"
 @click.option(
     "--weight-granularity", type=click.Choice(["per-row", "per-tensor"]), default="per-row", show_default=True
 )
+@cure_options
 @click.option("--protocol", type=click.Choice(["int8-sanity"]), help="Run a published check instead; see docs.")
 @model_options
 @corpus_options
@@ -55,6 +57,11 @@ def command(source: str, output: Path, **given: Any) -> None:
         quantize_by_protocol(source, output, given, is_model=not _is_measurement(Path(source)))
         return
     require_free(output, overwrite=given["overwrite"], reads=[source])
+    if given["cure"] != "none" or given["keep"]:
+        if _is_measurement(Path(source)):
+            raise UsageError(f"{source}: --cure changes and runs the model; pass the MODEL instead of a measurement")
+        quantize_cured(source, output, given)
+        return
     Grid(given["bits"], given["symmetric"])
     methods = [name.strip() for name in given["method"].split(",")]
     for name in methods:

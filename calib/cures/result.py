@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from calib.cures.prefix import Prefix
-from calib.cures.smooth import Smoothing
+from calib.cures.candidate import Candidate
 from calib.errors import UsageError
 from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
+from calib.models import OpenedModel
 from calib.quantized import QuantizationPlan
 from calib.schema.scales import ScaleFile
 
@@ -19,6 +19,7 @@ CURES: dict[str, str] = {
     "smooth": "per-channel migration into the weights before and behind a tensor; an ordinary checkpoint",
     "prefix": "tokens in front of every sequence that take the attention sink; the consumer must put them there",
     "compensate": "weights rounded with error compensation (GPTQ); an ordinary checkpoint",
+    "rotate": "a rotation computed in front of layers behind a product; the consumer must compute it too",
     "keep": "the fewest layers left in float, by measured effect; an ignore list",
 }
 
@@ -75,22 +76,21 @@ class Cured:
     """What was found. The model carries the cures in its weights.
 
     Attributes:
+        opened: the model, with a provenance of its own where weights were changed.
         scales: of the cured model.
         measurement: of the cured model, behind its prefix.
         plan: of the quantized model, as an export has it.
-        prefix: tokens in front, or None.
-        smoothing: what was folded, or None.
-        rows: the ablation, in the order of the search; the last is what was chosen.
-        float_rows: reference perplexity of the float model without and with the prefix.
-        reason: why this was chosen.
+        candidate: the cures.
+        rows: the ablation, in the order of the search.
+        reason: what was chosen, and whether it meets the target.
         skipped: cures that do not apply -> the reason.
     """
 
+    opened: OpenedModel
     scales: ScaleFile
     measurement: Measurement
     plan: QuantizationPlan
-    prefix: Prefix | None
-    smoothing: Smoothing | None
+    candidate: Candidate
     rows: list[Row]
     reason: str
     skipped: dict[str, str] = field(default_factory=dict)

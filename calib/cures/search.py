@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`find_cure`: the cheapest set of cures that meets a target, found by what comes out of the quantized model.
 
-A ladder is climbed, cheap cures first: nothing; smoothing; smoothing behind a prefix; error-compensated weights;
-layers left in float. Each rung keeps what the last one found. The search looks at one part of the held-out blocks; the
-ablation table comes from another part, which no decision has seen.
+A ladder is climbed, cheap cures first: nothing; smoothing; smoothing behind a prefix; an alpha for each role; a
+rotation in front of layers that nothing else can rotate; error-compensated weights; layers left in float. Each rung keeps what
+the last one found. The search looks at one part of the held-out blocks; the ablation table comes from another part,
+which no decision has seen.
 """
 
 from __future__ import annotations
@@ -11,35 +12,37 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal
+
+import torch
+from torch import nn
 
 from calib.corpus import TokenBlocks
+from calib.cures.candidate import KEPT, Candidate
 from calib.cures.find import find_pairs
 from calib.cures.judge import Judge, Score
 from calib.cures.pairs import Pair, Pairs
 from calib.cures.prefix import Prefix, find_prefixes
 from calib.cures.ranges import smoothed_ranges
-from calib.cures.record import smoothing_record
 from calib.cures.result import Cured, CureOptions, Row
-from calib.cures.smooth import Smoothing
+from calib.cures.rotate import OnlineRotation
 from calib.cures.sweep import SmoothingSweep
-from calib.errors import ModelError, UsageError
+from calib.errors import UsageError
 from calib.measurement.artifact import Measurement
 from calib.measurement.engine import MeasureOptions, measure
+from calib.measurement.head import can_skip_head, without_head
 from calib.models import OpenedModel
-from calib.quantized import QuantizationPlan, QuantizedModel, plan_from_scales
-from calib.quantized.grid import IntegerGrid
+from calib.quantized import QuantizationPlan
 from calib.quantized.hessian import collect_hessians, compensated
-from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
-from calib.schema.scales import CureRecord
+from calib.statistics.observation import REST
 
 __all__ = ["find_cure"]
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
 _STEP = 0.1
+_SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
+_SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
 _KEEP_SHORTLIST = 10
 _JUDGES_HELD = 3
 Say = Callable[[str], None]
@@ -47,15 +50,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """A candidate: what it does, and what it is worth on the search blocks."""
+    """A candidate and what it is worth on the search blocks."""
 
-    name: str
+    candidate: Candidate
     score: Score
-    measurement: Measurement
-    prefix: Prefix | None = None
-    smoothing: Smoothing | None = None
-    plan: QuantizationPlan | None = None
-    kept: tuple[str, ...] = ()
+
+    @property
+    def worth(self) -> float:
+        return self.score.mean
 
 
 def find_cure(
@@ -70,10 +72,10 @@ def find_cure(
     """Finds cures, applies them to the model in place, and measures it anew.
 
     Args:
-        opened: the float model; on return its weights carry the smoothing (not if an error is raised).
+        opened: the float model; on return it carries the cures (not if an error is raised).
         measurement: of this model on `blocks`, with full statistics.
         blocks: for ranges.
-        held_out: for decisions (first half) and the verdict (second half); disjoint from `blocks`.
+        held_out: for decisions (the first 40 %) and the table (the others); disjoint from `blocks`.
         options: what may be done.
         say: called with a line about each step.
 
@@ -81,10 +83,9 @@ def find_cure(
         UsageError: an option is unknown, or there are fewer than two held-out blocks.
         ModelError: nothing of the model can be quantized.
     """
-    options = options or CureOptions()
     if len(held_out) < 2:
         raise UsageError(f"cures: {len(held_out)} held-out blocks; give two or more, one to search and one to verify")
-    return _Search(opened, measurement, blocks, held_out, options, say).run()
+    return _Search(opened, measurement, blocks, held_out, options or CureOptions(), say).run()
 
 
 class _Search:
@@ -99,268 +100,236 @@ class _Search:
     ) -> None:
         self.opened, self.model, self.options, self.say = opened, opened.model, options, say
         self.blocks, self.measurement = blocks, measurement
-        half = max(1, len(held_out) // 2)
-        self.search_blocks, self.verify_blocks = (
-            held_out.select(range(half)),
-            held_out.select(range(half, len(held_out))),
-        )
-        self.judges: dict[tuple[tuple[int, ...], bool], Judge] = {}
-        self.pairs: Pairs = Pairs((), {})
+        self.few = blocks.select(range(min(_SEARCH_ROWS, len(blocks))))
+        cut = max(1, round(_SEARCH_SHARE * len(held_out)))
+        self.held_out = {"search": held_out.select(range(cut)), "verify": held_out.select(range(cut, len(held_out)))}
+        self.judges: dict[tuple[str, tuple[int, ...]], Judge] = {}
+        self.pairs = Pairs((), {})
         self.rows: list[Row] = []
         self.skipped: dict[str, str] = {}
         self.begin = time.perf_counter()
 
     def run(self) -> Cured:
-        """Climbs the ladder."""
-        allowed = self.options.cures
-        state = self._state("none", self.measurement)
-        if not self._note(state) and "smooth" in allowed:
-            self.pairs = find_pairs(self.model)
-            self.skipped |= {f"smooth {name}": reason for name, reason in self.pairs.skipped.items()}
-            if len(self.pairs):
-                state = self._better(state, self._smooth(self.measurement, None))
-        if not self._met(state) and "prefix" in allowed:
-            state = self._better(state, *self._behind_prefixes(state))
-        if not self._met(state) and state.smoothing is not None:
-            state = self._better(state, self._refined(state))
-        if not self._met(state) and "compensate" in allowed:
-            state = self._better(state, self._compensated(state))
-        if not self._met(state) and "keep" in allowed and self.options.keep:
-            state = self._better(state, self._kept(state))
+        """Climbs the ladder until the target is met."""
+        plain = Candidate("none", self.options.bits, self.options.symmetric, self.measurement, self.measurement)
+        state = self._try(plain)
+        self._note(state)
+        rungs: dict[str, Callable[[_State], list[_State]]] = {
+            "smooth": self._smooth,
+            "prefix": self._prefix,
+            "roles": self._roles,
+            "rotate": self._rotate,
+            "compensate": self._compensate,
+            "keep": self._keep,
+        }
+        allowed = {*self.options.cures, *(["roles"] if "smooth" in self.options.cures else [])}
+        for name, rung in rungs.items():
+            if name not in allowed or self._met(state):
+                continue
+            tried = rung(state)
+            for one in tried:
+                self._note(one)
+            state = min([state, *tried], key=lambda one: one.worth)
         return self._apply(state)
 
-    def _judge(self, prefix: Prefix | None, *, verify: bool = False) -> Judge:
-        """The judge of a prefix. Made while the model is in its original state."""
-        ids = () if prefix is None else prefix.token_ids
-        key = (ids, verify)
+    def _judge(self, part: str, ids: tuple[int, ...]) -> Judge:
+        """The judge of a prefix; made only while the model is in its original state."""
+        key = (part, ids)
         if key not in self.judges:
             while len(self.judges) >= _JUDGES_HELD:  # each holds the outputs of the float model
                 self.judges.pop(next(iter(self.judges)))
-            rows = self.verify_blocks if verify else self.search_blocks
-            self.judges[key] = Judge(self.model, rows, prefix=ids, batch_size=self.options.batch_size)
+            self.judges[key] = Judge(self.model, self.held_out[part], prefix=ids, batch_size=self.options.batch_size)
         return self.judges[key]
 
-    def _plan(self, measurement: Measurement, prefix: Prefix | None, kept: Sequence[str] = ()) -> QuantizationPlan:
-        """As an exported checkpoint has it: its grids, weights rounded per row from what the model holds now."""
-        ranges = choose_scales(
-            measurement, bits=self.options.bits, symmetric=self.options.symmetric, include_sink=prefix is None
-        )
-        plan = plan_from_scales(
-            self.model,
-            ranges,
-            weights=WeightScheme(IntegerGrid.of(self.options.bits, convention=_CONVENTION)),
-            convention=_CONVENTION,
-            skip_positions=0 if prefix is None else len(prefix.token_ids),
-        )
-        return plan.without(dict.fromkeys(kept, "kept in float for its effect on the output")) if kept else plan
-
-    def _state(
-        self,
-        name: str,
-        measurement: Measurement,
-        prefix: Prefix | None = None,
-        smoothing: Smoothing | None = None,
-        plan: QuantizationPlan | None = None,
-        kept: tuple[str, ...] = (),
-    ) -> _State:
-        """Quantizes the model with a candidate's cures and judges it; the model is then as before."""
-        judge = self._judge(prefix)
-        with ExitStack() as stack:
-            ranges = measurement
-            if smoothing is not None:
-                stack.enter_context(smoothing.apply(self.model))
-                ranges = smoothed_ranges(measurement, smoothing)
-            chosen = plan or self._plan(ranges, prefix, kept)
-            stack.enter_context(QuantizedModel(self.model, chosen))
+    def _try(self, candidate: Candidate, part: str = "search") -> _State:
+        judge = self._judge(part, candidate.prefix_ids)
+        with candidate.quantized(self.model):
             score = judge.judge()
-        self.say(f"{name}: divergence {score.mean:.5f}")
-        return _State(name, score, measurement, prefix, smoothing, plan, kept)
+        self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}")
+        return _State(candidate, score)
 
-    def _smooth(self, measurement: Measurement, prefix: Prefix | None, alphas: Sequence[float] = ALPHAS) -> _State:
+    def _met(self, state: _State) -> bool:
+        """Whether the target is met on the search blocks."""
+        ratio = state.score.ratio(self._judge("search", state.candidate.prefix_ids).reference_nll)
+        return (1 + state.worth if ratio is None else ratio.value) <= self.options.target
+
+    def _note(self, state: _State) -> None:
+        """A line of the table, from blocks that the search has not seen."""
+        score = self._try(state.candidate, "verify").score
+        ratio = score.ratio(self._judge("verify", state.candidate.prefix_ids).reference_nll)
+        now = time.perf_counter()
+        self.rows.append(Row(state.candidate.name, score.interval(), ratio, round(now - self.begin, 1)))
+        self.begin = now
+
+    def _smooth(self, state: _State, alphas: Sequence[float] = ALPHAS) -> list[_State]:
         """The best single alpha."""
-        sweep = SmoothingSweep(self.pairs, measurement, include_sink=prefix is None)
-        front = "" if prefix is None else f"prefix {prefix.text!r} + "
-        states = [
-            self._state(f"{front}smooth {alpha:g}", measurement, prefix, sweep.smoothing(alpha)) for alpha in alphas
-        ]
-        return min(states, key=lambda state: state.score.mean)
+        if not self.pairs.pairs:
+            self.pairs = find_pairs(self.model)
+            self.skipped |= {f"smooth {name}": reason for name, reason in self.pairs.skipped.items()}
+        if not len(self.pairs):
+            return []
+        states = [self._try(self._smoothed(state.candidate, alpha, f"smooth {alpha:g}")) for alpha in alphas]
+        return [min(states, key=lambda one: one.worth)]
 
-    def _behind_prefixes(self, state: _State) -> list[_State]:
-        if getattr(self.model, "get_input_embeddings", None) is None or not self._judge(None).reference_nll is not None:
+    def _smoothed(self, base: Candidate, alpha: float | Mapping[str, float], label: str) -> Candidate:
+        sweep = SmoothingSweep(self.pairs, base.measurement, include_sink=base.prefix is None)
+        smoothing = sweep.smoothing(alpha)
+        front = "" if base.prefix is None else f"prefix {base.prefix.text!r} + "
+        ranges = smoothed_ranges(base.measurement, smoothing)
+        return replace(base, name=front + label, smoothing=smoothing, ranges=ranges)
+
+    def _prefix(self, state: _State) -> list[_State]:
+        """Smoothing again, behind each of the best prefixes."""
+        if self._judge("search", ()).reference_nll is None:
             self.skipped["prefix"] = "the model predicts no tokens, so nothing can be put in front"
             return []
         found = find_prefixes(self.opened, self.blocks)
         if not found:
             self.skipped["prefix"] = "no prefix lowers the ranges: the model has no sink that one takes"
-        states = []
+        states: list[_State] = []
         for prefix in found:
-            measured = self._measured(prefix)
-            if state.smoothing is None:
-                states.append(self._state(f"prefix {prefix.text!r}", measured, prefix))
+            measured = self._measure(prefix, self.few, sites=["linear_input"])
+            bare = replace(
+                state.candidate,
+                name=f"prefix {prefix.text!r}",
+                measurement=measured,
+                ranges=measured,
+                prefix=prefix,
+                smoothing=None,
+            )
+            if state.candidate.smoothing is None:
+                states.append(self._try(bare))
             else:
-                best = state.smoothing.alphas[0]
-                near = [a for a in ALPHAS if abs(a - best) <= _STEP + 1e-9]
-                states.append(self._smooth(measured, prefix, near))
+                best = state.candidate.smoothing.alphas[0]
+                states += self._smooth(_State(bare, state.score), [a for a in ALPHAS if abs(a - best) < 1.5 * _STEP])
         return states
 
-    def _refined(self, state: _State) -> _State:
+    def _roles(self, state: _State) -> list[_State]:
         """One alpha for each role, by coordinate descent from the single one."""
-        assert state.smoothing is not None
-        sweep = SmoothingSweep(self.pairs, state.measurement, include_sink=state.prefix is None)
-        alphas = {pair.name: alpha for pair, alpha in zip(self.pairs, state.smoothing.alphas, strict=True)}
+        if state.candidate.smoothing is None:
+            return []
+        alphas = dict(zip((p.name for p in self.pairs), state.candidate.smoothing.alphas, strict=True))
         best = state
-        for role, names in _roles(self.pairs).items():
+        for role, names in _by_role(self.pairs).items():
             now = alphas[names[0]]
-            for alpha in (now - _STEP, now + _STEP):
-                if not 0 <= alpha <= 1:
-                    continue
-                trial = {**alphas, **dict.fromkeys(names, round(alpha, 3))}
-                label = f"{state.name}, {role} {alpha:g}"
-                tried = self._state(label, state.measurement, state.prefix, sweep.smoothing(trial))
-                if tried.score.mean < best.score.mean:
-                    best, kept = tried, trial
-                    alphas = kept
-                    break
-        return replace(best, name=f"{state.name}, an alpha for each of {len(_roles(self.pairs))} roles")
+            for alpha in (round(now - _STEP, 3), round(now + _STEP, 3)):
+                trial = {**alphas, **dict.fromkeys(names, alpha)}
+                if 0 <= alpha <= 1:
+                    tried = self._try(self._smoothed(state.candidate, trial, f"smooth, {role} {alpha:g}"))
+                    if tried.worth < best.worth:
+                        best, alphas = tried, trial
+                        break
+        if best is state:
+            return []
+        front = "" if best.candidate.prefix is None else f"prefix {best.candidate.prefix.text!r} + "
+        name = front + "smooth " + ", ".join(f"{r} {alphas[n[0]]:g}" for r, n in _by_role(self.pairs).items())
+        return [replace(best, candidate=replace(best.candidate, name=name))]
 
-    def _compensated(self, state: _State) -> _State:
+    def _rotate(self, state: _State) -> list[_State]:
+        """The inputs of layers behind products and non-linear functions, rotated as they arrive."""
+        try:
+            rotation = OnlineRotation.by_role(self.model)
+        except UsageError as error:
+            self.skipped["rotate"] = str(error)
+            return []
+        modules = set(rotation.modules)
+        base = state.candidate
+        smoothing = base.smoothing
+        states = []
+        for alpha in (None,) if smoothing is None else (0.5, 0.7):
+            one = base
+            if alpha is not None and smoothing is not None:
+                alphas = {
+                    p.name: alpha if {c.module for c in p.consumers} <= modules else a
+                    for p, a in zip(self.pairs, smoothing.alphas, strict=True)
+                }
+                one = self._smoothed(base, alphas, base.name.rpartition(" + ")[2])
+            rotated = replace(
+                one,
+                name=f"{one.name} + rotate" + ("" if alpha is None else f" (alpha {alpha:g})"),
+                rotation=rotation,
+            )
+            with rotated.apply(self.model):
+                ranges = self._measure(rotated.prefix, self.few, sites=["linear_input"])
+            states.append(self._try(replace(rotated, ranges=ranges)))
+        return [min(states, key=lambda one: one.worth)]
+
+    def _compensate(self, state: _State) -> list[_State]:
         """Weights rounded so that errors cancel over the inputs that were seen."""
-        with ExitStack() as stack:
-            ranges = state.measurement
-            if state.smoothing is not None:
-                stack.enter_context(state.smoothing.apply(self.model))
-                ranges = smoothed_ranges(ranges, state.smoothing)
-            plan = self._plan(ranges, state.prefix, state.kept)
-            linear = [n for n in plan.weights if _is_linear(self.model, n)]
-            ids = () if state.prefix is None else state.prefix.token_ids
-            rows = self.blocks.with_prefix(ids)
-            with collect_hessians(self.model, linear, skip_positions=len(ids)) as hessians:
-                _run(self.opened, rows, self.options.batch_size)
+        base = state.candidate
+        rows = self.blocks.select(range(min(2 * _SEARCH_ROWS, len(self.blocks)))).with_prefix(base.prefix_ids)
+        plan = base.planned(self.model)
+        linear = [name for name in plan.weights if _is_linear(self.model.get_submodule(name))]
+        if not linear or not can_skip_head(self.model, _device(self.model)):
+            self.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
+            return []
+        with base.apply(self.model):
+            with (
+                torch.no_grad(),
+                without_head(self.model),
+                collect_hessians(self.model, linear, skip_positions=len(base.prefix_ids)) as hessians,
+            ):
+                for batch in rows.batches(self.options.batch_size):
+                    self.model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(_device(self.model)))
             plan = compensated(plan, self.model, hessians, order="activation")
-        return self._state(
-            f"{state.name} + compensate", state.measurement, state.prefix, state.smoothing, plan, state.kept
-        )
+        return [self._try(replace(base, name=f"{base.name} + compensate", plan=plan, compensated=True))]
 
-    def _kept(self, state: _State) -> _State:
-        """Leaves out, one after the other, the layer whose rounding costs most."""
-        plan = state.plan
-        measurement = state.measurement
+    def _keep(self, state: _State) -> list[_State]:
+        """Layer by layer into float, each time the one whose rounding costs most."""
         best = state
-        ranges = measurement if state.smoothing is None else smoothed_ranges(measurement, state.smoothing)
-        base = plan or self._plan(ranges, state.prefix)
-        shortlist = _loudest(ranges, base, state.prefix is None)
+        plan = state.candidate.planned(self.model)
+        shortlist = _loudest(state.candidate.ranges, plan, include_sink=state.candidate.prefix is None)
         for _ in range(self.options.keep):
-            tried = [
-                self._state(
-                    f"{state.name}, {name} in float",
-                    measurement,
-                    state.prefix,
-                    state.smoothing,
-                    base.without({name: _KEPT}),
-                    (*best.kept, name),
-                )
-                for name in shortlist
-                if name not in best.kept
-            ]
-            if not tried:
-                break
-            winner = min(tried, key=lambda one: one.score.mean)
-            if winner.score.mean >= best.score.mean:
+            tried = []
+            for name in shortlist:
+                if name not in best.candidate.kept:
+                    kept = (*best.candidate.kept, name)
+                    label = f"{state.candidate.name} + keep {', '.join(kept)}"
+                    without = plan.without(dict.fromkeys(kept, KEPT))
+                    tried.append(self._try(replace(best.candidate, name=label, plan=without, kept=kept)))
+            winner = min(tried, key=lambda one: one.worth, default=best)
+            if winner.worth >= best.worth:
                 break
             best = winner
-            assert best.plan is not None
-            base = best.plan
             if self._met(best):
                 break
-        return replace(best, name=f"{state.name} + keep {len(best.kept)}") if best.kept else best
+        return [] if best is state else [best]
 
-    def _better(self, state: _State, *tried: _State) -> _State:
-        """The best of a rung, noted in the table; what was there stays if nothing is better."""
-        for one in tried:
-            self._note(one)
-        return min([state, *tried], key=lambda one: one.score.mean)
-
-    def _met(self, state: _State) -> bool:
-        ratio = state.score.ratio(self._judge(state.prefix).reference_nll)
-        return (1 + state.score.mean if ratio is None else ratio.value) <= self.options.target
-
-    def _note(self, state: _State) -> bool:
-        """Verifies a state on blocks that the search has not seen; returns whether it met the target where it has."""
-        judge = self._judge(state.prefix, verify=True)
-        with ExitStack() as stack:
-            ranges = state.measurement
-            if state.smoothing is not None:
-                stack.enter_context(state.smoothing.apply(self.model))
-                ranges = smoothed_ranges(ranges, state.smoothing)
-            plan = state.plan or self._plan(ranges, state.prefix, state.kept)
-            stack.enter_context(QuantizedModel(self.model, plan))
-            score = judge.judge()
-        now = time.perf_counter()
-        self.rows.append(
-            Row(state.name, score.interval(), score.ratio(judge.reference_nll), round(now - self.begin, 1))
-        )
-        ratio = self.rows[-1].ratio
-        self.say(f"{state.name}: verified, divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
-        self.begin = now
-        return self._met(state)
-
-    def _measured(self, prefix: Prefix | None, *, full: bool = False) -> Measurement:
+    def _measure(self, prefix: Prefix | None, blocks: TokenBlocks, sites: Sequence[str] = ()) -> Measurement:
         ids = () if prefix is None else prefix.token_ids
-        options = MeasureOptions(
-            batch_size=self.options.batch_size,
-            sites=[] if full else ["linear_input"],
-            sink_positions=len(ids) or self.measurement.run.sink_positions,
-            weights=True,
-        )
-        return measure(self.opened, self.blocks.with_prefix(ids), options)
+        sinks = len(ids) or self.measurement.run.sink_positions
+        options = MeasureOptions(batch_size=self.options.batch_size, sites=sites, sink_positions=sinks)
+        return measure(self.opened, blocks.with_prefix(ids), options)
 
     def _apply(self, state: _State) -> Cured:
-        """Folds the chosen cures for good, and measures the model as it is then."""
-        if state.smoothing is not None:
-            state.smoothing.apply(self.model)
-        changed = state.smoothing is not None or state.prefix is not None
-        measurement = self._measured(state.prefix, full=True) if changed else self.measurement
-        plan = state.plan or self._plan(measurement, state.prefix, state.kept)
+        """Applies the chosen cures for good, and measures the model as it is then."""
+        met = self._met(state)
+        candidate = state.candidate
+        records = candidate.records()
+        changed = any(cure is not None for cure in (candidate.prefix, candidate.smoothing, candidate.rotation))
+        opened, measurement = self.opened, self.measurement
+        if changed:
+            candidate.apply(self.model).pop_all()  # nothing is reverted
+            opened = opened.cured([record.model_dump_json() for record in records])
+            self.opened = opened
+            measurement = self._measure(candidate.prefix, self.blocks)
         scales = choose_scales(
             measurement,
             bits=self.options.bits,
             symmetric=self.options.symmetric,
-            include_sink=state.prefix is None,
+            include_sink=candidate.prefix is None,
         )
-        records: list[CureRecord] = []
-        if state.prefix is not None:
-            records.append(state.prefix.record())
-        if state.smoothing is not None:
-            records.append(smoothing_record(state.smoothing))
-        if state.plan is not None and not state.kept:
-            records.append(_compensation())
-        if state.kept:
-            records.append(
-                CureRecord(
-                    kind="keep", summary=f"{len(state.kept)} layers in float", settings={"modules": list(state.kept)}
-                )
-            )
-        scales = scales.model_copy(
-            update={"cures": records, "ignore": [*scales.ignore, *(k for k in state.kept if k not in scales.ignore)]}
-        )
-        met = "meets" if self._met(state) else "is the best found; it misses"
-        reason = f"{state.name} {met} the target of {self.options.target:g} on the search blocks"
-        return Cured(scales, measurement, plan, state.prefix, state.smoothing, self.rows, reason, self.skipped)
+        ignore = [*scales.ignore, *(name for name in candidate.kept if name not in scales.ignore)]
+        scales = scales.model_copy(update={"cures": records, "ignore": ignore})
+        final = replace(candidate, ranges=measurement, plan=None).planned(self.model)
+        if candidate.compensated and candidate.plan is not None:
+            final = final.with_weights({n: w for n, w in candidate.plan.weights.items() if n in final.weights})
+        outcome = "meets" if met else "is the best that was found, and misses"
+        reason = f"{candidate.name} {outcome} the target of {self.options.target:g} on the search blocks"
+        return Cured(opened, scales, measurement, final, candidate, self.rows, reason, self.skipped)
 
 
-_CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
-_KEPT = "kept in float for its effect on the output"
-
-
-def _compensation() -> CureRecord:
-    return CureRecord(
-        kind="compensate",
-        summary="weights rounded with error compensation (GPTQ), channels in the order of their energy",
-        settings={"order": "activation"},
-    )
-
-
-def _roles(pairs: Pairs) -> Mapping[str, list[str]]:
+def _by_role(pairs: Pairs) -> dict[str, list[str]]:
     """Names of pairs by what they do in a block: equal names but for the number of the block."""
     found: dict[str, list[str]] = {}
     for pair in pairs:
@@ -369,42 +338,27 @@ def _roles(pairs: Pairs) -> Mapping[str, list[str]]:
 
 
 def _role(pair: Pair) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", "", pair.consumers[0].module).rpartition("layers.")[2]
+    return re.sub(r"(?:^|.*\.)\d+\.", "", pair.consumers[0].module)
 
 
-def _is_linear(model: object, name: str) -> bool:
-    from torch import nn
-
-    module = model.get_submodule(name) if isinstance(model, nn.Module) else None
+def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _loudest(measurement: Measurement, plan: QuantizationPlan, include_sink: bool) -> list[str]:
-    """Layers with the largest range against what their input usually is: the likely ones, to be measured."""
-    from calib.statistics.observation import REST
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
+
+def _loudest(ranges: Measurement, plan: QuantizationPlan, *, include_sink: bool) -> list[str]:
+    """Layers whose range is largest against what their input usually is: the likely ones, to be measured."""
     ratio: dict[str, float] = {}
-    for name, site in measurement.sites.items():
-        statistics = site.statistics
-        channels = statistics.channels
+    for name, site in ranges.sites.items():
+        channels = site.statistics.channels
         if channels is None:
             continue
-        extent = statistics.range if include_sink else statistics.range.of(REST)
-        typical = float(abs(channels.of(REST).amax).mean())
+        extent = site.statistics.range if include_sink else site.statistics.range.of(REST)
+        typical = float(channels.of(REST).amax.mean())
         for reader in (n.removesuffix(":input") for n in (name, *site.aliases)):
             if reader in plan.inputs:
                 ratio[reader] = extent.amax / max(typical, 1e-30)
     return sorted(ratio, key=lambda n: -ratio[n])[:_KEEP_SHORTLIST]
-
-
-def _run(opened: OpenedModel, blocks: TokenBlocks, batch_size: int) -> None:
-    import torch
-
-    from calib.measurement.head import can_skip_head, without_head
-
-    device = next(opened.model.parameters()).device
-    if not can_skip_head(opened.model, device):
-        raise ModelError(f"{opened.provenance.name}: its forward pass cannot be run without its head")
-    with torch.no_grad(), without_head(opened.model):
-        for rows in blocks.batches(batch_size):
-            opened.model(input_ids=torch.from_numpy(blocks.input_ids[rows]).to(device))

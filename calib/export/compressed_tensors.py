@@ -10,6 +10,7 @@ for a scale in bfloat16 flips roundings. Source: compressed-tensors 0.20, `quant
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from calib.export.formats import register
 from calib.export.linears import LinearRange, Linears, attention_ranges, linear_ranges
 from calib.export.request import ExportRequest, ExportSummary
 from calib.models import OpenedModel
+from calib.quantized import QuantizedWeight
 from calib.quantized.fake_quantize import round_float8
 from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.scales import ScaleFile
@@ -46,8 +48,19 @@ class CheckpointSummary:
     in_float: dict[str, str]
 
 
-def write_checkpoint(opened: OpenedModel, scales: ScaleFile, folder: Path) -> CheckpointSummary:
+def write_checkpoint(
+    opened: OpenedModel,
+    scales: ScaleFile,
+    folder: Path,
+    weights: Mapping[str, QuantizedWeight] | None = None,
+) -> CheckpointSummary:
     """Writes an INT8 checkpoint into an existing folder.
+
+    Args:
+        opened: the model that was measured.
+        scales: of it.
+        folder: exists.
+        weights: rounded before, on this format's grid (amax / 127.5 per row); all others are rounded to nearest.
 
     Raises:
         UsageError: the scales are not 8-bit and per tensor.
@@ -58,7 +71,7 @@ def write_checkpoint(opened: OpenedModel, scales: ScaleFile, folder: Path) -> Ch
         raise ArtifactError(
             f"{opened.provenance.name}: the scales are of another model, {scales.model.name}; measure this one"
         )
-    summary = export_compressed_tensors(ExportRequest(scales, folder, opened, variant="int8"))
+    summary = export_compressed_tensors(ExportRequest(scales, folder, opened, variant="int8", weights=weights or {}))
     return CheckpointSummary(summary.quantized, summary.in_float)
 
 
@@ -68,6 +81,7 @@ def write_checkpoint(opened: OpenedModel, scales: ScaleFile, folder: Path) -> Ch
     carries="weights, input scales, key and value scales, what stays in float",
     consumers=("vLLM", "transformers", "SGLang (fp8)"),
     proven="transformers, bit for bit; vLLM",
+    cures=("smooth", "rotate", "keep", "clip", "compensate"),
     variants=("int8", "fp8"),
     model=True,
 )
@@ -86,7 +100,11 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
     symmetric = floating or all(found.symmetric for found in linears.ranges.values())
     state = {name: tensor.detach().cpu() for name, tensor in opened.model.state_dict().items()}
     for name, found in linears.ranges.items():
-        codes, scale = weight_codes(state[f"{name}.weight"], floating=floating)
+        rounded = None if floating else request.weights.get(name)
+        if rounded is None:
+            codes, scale = weight_codes(state[f"{name}.weight"], floating=floating)
+        else:
+            codes, scale = rounded.codes, rounded.scale
         state[f"{name}.weight"], state[f"{name}.weight_scale"] = codes, scale
         state |= _input_tensors(found, symmetric=symmetric, floating=floating)
     for name, kv in attention.items():

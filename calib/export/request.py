@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from calib.schema.scales import ScaleFile
 if TYPE_CHECKING:
     from calib.measurement.artifact import Measurement
     from calib.models import OpenedModel
+    from calib.quantized import QuantizedWeight
 
 __all__ = ["ExportRequest", "ExportSummary"]
 
@@ -29,6 +31,7 @@ class ExportRequest:
         variant: of the format.
         kv_cache: write scales of keys and values too.
         shard_size: of checkpoint files, as huggingface_hub reads it.
+        weights: rounded before, with error compensation; all others are rounded to nearest.
     """
 
     scales: ScaleFile
@@ -38,6 +41,7 @@ class ExportRequest:
     variant: str = ""
     kv_cache: bool = False
     shard_size: str = "5GB"
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def opened(self) -> OpenedModel:

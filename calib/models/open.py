@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,17 @@ class OpenedModel:
     task: str
     provenance: ModelProvenance
     folder: Path
+
+    def cured(self, records: Sequence[str]) -> OpenedModel:
+        """The same model after its weights were changed: identified by its parent and by what was done.
+
+        Args:
+            records: of the changes, in order.
+        """
+        parent = self.provenance.fingerprint
+        digest = hashlib.sha256("\n".join([parent, *records]).encode()).hexdigest()
+        provenance = self.provenance.model_copy(update={"weights_sha256": {"cured": digest}, "parent": parent})
+        return replace(self, provenance=provenance)
 
 
 def open_model(

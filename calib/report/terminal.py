@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calib.scales import MethodRow
     from calib.schema.scales import ScaleFile
 
-__all__ = ["print_json", "print_measurement", "print_scales", "print_sites", "sparkline"]
+__all__ = ["print_json", "print_measurement", "print_scales", "print_sites", "sparkline", "terminal"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _FLOAT16_MAX, _E4M3_MAX = 65504.0, 448.0
@@ -64,7 +64,7 @@ def print_json(path: Path) -> None:
 
 def print_measurement(measurement: Measurement, tokenizer: Any | None) -> None:
     """Global peak and its place, peaks per kind, the residual stream by layer, overflow risks, gates."""
-    console = _console()
+    console = terminal()
     sites = {name: site for name, site in measurement.sites.items() if site.statistics.range.count_all}
     top = max(sites.values(), key=lambda site: site.statistics.range.amax)
     corpus = measurement.corpus
@@ -98,7 +98,7 @@ def print_measurement(measurement: Measurement, tokenizer: Any | None) -> None:
 
 def print_scales(scales: ScaleFile, rows: Sequence[MethodRow]) -> None:
     """Error per method, the ten worst tensors, the verdict."""
-    console = _console()
+    console = terminal()
     if rows:
         table = Table(title=f"INT{scales.bits} activations, error against the measured values (median | worst tensor)")
         for column in ("method", "tensors", "SQNR dB", "body SQNR dB", "rel. MAE", "zeroed", "clipped", "too coarse"):
@@ -154,7 +154,7 @@ def print_sites(sites: Mapping[str, Site], silent: Sequence[str], seconds: float
         }
         sys.stdout.write(json.dumps(record) + "\n")
         return
-    console = _console()
+    console = terminal()
     table = Table()
     for column in ("tensor", "kind", "channels", "also known as"):
         table.add_column(column, justify="right" if column == "channels" else "left")
@@ -206,7 +206,8 @@ def _place(site: Site, tokenizer: Any | None) -> str:
     return f": {float(peaks.value[0]):+,.6g} in {where}{text}"
 
 
-def _console() -> Console:
+def terminal() -> Console:
+    """The console that all tables go to: as wide as the terminal, or fixed in a file or pipe."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
 
 

@@ -37,6 +37,7 @@ class ModelProvenance(Strict):
     config_sha256: str
     tokenizer_sha256: str | None = None
     weights_sha256: dict[str, str] = Field(description="File name -> sha256 of every weight file, sorted by name")
+    parent: str | None = Field(default=None, description="Fingerprint of the checkpoint that cures were applied to")
 
     @property
     def fingerprint(self) -> str:

@@ -97,7 +97,9 @@ def test_the_search_finds_the_smoothing_that_planted_channels_need(
         opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2]))
     assert not quantized.silent()
     assert cured.scales.measurement_sha256 == cured.measurement.sha256 != measurement.sha256
-    assert any("verified" in line for line in lines)
+    assert any(line.startswith("verify smooth") for line in lines)
+    assert cured.opened.provenance.parent == opened.provenance.fingerprint == measurement.model.fingerprint
+    assert cured.scales.model.fingerprint == cured.opened.provenance.fingerprint != opened.provenance.fingerprint
 
 
 def test_a_target_that_is_met_at_once_changes_nothing(
@@ -124,6 +126,20 @@ def test_layers_are_kept_in_float_where_that_helps_most(
     assert all(str(name).endswith("down_proj") for name in kept)
     assert set(kept) <= set(cured.scales.ignore)
     assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
+
+
+def test_a_rotation_is_searched_only_on_request_and_says_what_a_consumer_must_do(
+    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
+) -> None:
+    before = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
+    options = CureOptions(cures=("rotate",), target=1.0)
+    cured = find_cure(opened, measurement, blocks.select(range(8)), blocks.select(range(8, 12)), options)
+    (record,) = cured.scales.cures
+    assert (record.kind, record.needs) == ("rotate", "online-op")
+    assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
+    after = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert "rotate" not in CureOptions().cures
 
 
 def test_a_prefix_outside_of_the_vocabulary_is_refused(opened: OpenedModel, blocks: TokenBlocks) -> None:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`calib quantize MODEL --cure ...`: which cures, how they are searched, and what is written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calib.cli.options import batch_size, build_corpus, measured_blocks, opened
+from calib.errors import GateError, Interrupted, UsageError
+from calib.output import output_folder
+
+if TYPE_CHECKING:
+    from calib.corpus import TokenBlocks
+    from calib.cures.result import Cured, CureOptions
+
+__all__ = ["cure_options", "quantize_cured"]
+
+HELD_OUT = 20
+"""Blocks that ranges never see: 40 % decide, the others make the table."""
+
+
+def cure_options(function: Any) -> Any:
+    """Adds the options to a command."""
+    for option in (
+        click.option("--keep", default=0, show_default=True, help="With --cure: most layers left in float."),
+        click.option(
+            "--target",
+            default=1.01,
+            show_default=True,
+            help="With --cure: perplexity over that of the float model at which the search stops.",
+        ),
+        click.option(
+            "--cure",
+            default="none",
+            show_default=True,
+            help="none; auto (smooth,prefix,compensate); or a list of smooth, prefix, rotate, compensate, keep.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def quantize_cured(source: str, output: Path, given: dict[str, Any]) -> None:
+    """Measures a model, searches for cures, and writes the cured checkpoint, its scales and the ablation."""
+    from calib.cures.search import find_cure
+
+    begin = time.perf_counter()
+    options = _options(given)
+    found = opened(source, given)
+    blocks, held_out = _split(build_corpus(found, {**given, "samples": given["samples"] + HELD_OUT}))
+    measurement, stopped = measured_blocks(found, blocks, given)
+    if stopped:
+        raise Interrupted(f"{source}: interrupted while measuring; nothing was written")
+    failed = [gate for gate in measurement.gates if not gate.passed]
+    if failed:
+        raise GateError(f"{source}: gate {failed[0].name} failed: {failed[0].detail}")
+    measuring = time.perf_counter() - begin
+
+    def say(line: str) -> None:
+        if given["verbose"] and not given["as_json"]:
+            click.echo(line, err=True)
+
+    cured = find_cure(found, measurement, blocks, held_out, options, say=say)
+    layers = _write(cured, output, given)
+    _print(cured, output, layers, given)
+    if not given["as_json"] and not given["quiet"]:
+        click.echo(f"{time.perf_counter() - begin:.0f} s in all, {measuring:.0f} s of them opening and measuring")
+
+
+def _split(corpus: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
+    """Blocks for ranges, and blocks held out."""
+    held = min(HELD_OUT, max(2, len(corpus) // 4))
+    if len(corpus) <= held:
+        raise UsageError(f"--cure: {len(corpus)} blocks of text, {held} must be held out; give more, or shorter ones")
+    cut = len(corpus) - held
+    return corpus.select(range(cut)), corpus.select(range(cut, len(corpus)))
+
+
+def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
+    """Everything at once; returns how many layers the checkpoint has in INT8, None if there is none."""
+    from calib.export import write_checkpoint
+    from calib.quantized import QuantizedWeight
+    from calib.scales import save_scales
+
+    with output_folder(output, overwrite=given["overwrite"]) as work:
+        save_scales(cured.scales, work)
+        _save_cures(cured, work)
+        if cured.scales.bits != 8:
+            return None
+        rounded = {n: w for n, w in cured.plan.weights.items() if isinstance(w, QuantizedWeight)}
+        return len(write_checkpoint(cured.opened, cured.scales, work, rounded).quantized)
+
+
+def _print(cured: Cured, output: Path, layers: int | None, given: dict[str, Any]) -> None:
+    from calib.report.cures import print_cures
+    from calib.report.terminal import print_json
+
+    if given["as_json"]:
+        print_json(output / "cures.json")
+    elif not given["quiet"]:
+        print_cures(cured)
+        click.echo(f"wrote {output / 'scales.json'}")
+        if layers is not None:
+            click.echo(f"wrote a compressed-tensors checkpoint: {layers} layers in INT8")
+
+
+def _options(given: dict[str, Any]) -> CureOptions:
+    from calib.cures.result import CureOptions
+
+    names = [name.strip() for name in given["cure"].split(",") if name.strip()]
+    if "none" in names and len(names) > 1:
+        raise UsageError(f"--cure {given['cure']}: none goes alone")
+    for name, needed in (("method", "absmax"), ("granularity", "per-tensor"), ("weight_granularity", "per-row")):
+        if not str(given[name]).startswith(needed):
+            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: cures are searched with {needed} scales")
+    if given["layout"] != "blocks":
+        raise UsageError("--layout documents: cures compare models on blocks of equal length; leave the option out")
+    if given["site_patterns"] or given["ignore"]:
+        raise UsageError("--sites/--ignore: cures are searched over all linear layers; leave the patterns out")
+    wanted: list[str] = []
+    for name in names:
+        wanted += CureOptions().cures if name == "auto" else [name]
+    if given["keep"] and "keep" not in wanted:
+        wanted.append("keep")
+    return CureOptions(
+        cures=tuple(dict.fromkeys(wanted)),
+        target=given["target"],
+        bits=given["bits"],
+        symmetric=given["symmetric"],
+        keep=given["keep"] or (3 if "keep" in wanted else 0),
+        batch_size=batch_size(given["batch_size"]) or 4,
+    )
+
+
+def _save_cures(cured: Cured, folder: Path) -> None:
+    """The ablation as `cures.json`; the scales of a smoothing as `smoothing.safetensors`."""
+    import json
+    from dataclasses import asdict
+
+    from calib.cures import save_smoothing
+
+    record = {
+        "chosen": cured.candidate.name,
+        "reason": cured.reason,
+        "rows": [asdict(row) for row in cured.rows],
+        "skipped": cured.skipped,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "cures.json").write_text(text + "\n", encoding="utf-8")
+    if cured.candidate.smoothing is not None:
+        save_smoothing(cured.candidate.smoothing, folder / "smoothing.safetensors")

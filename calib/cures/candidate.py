@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Candidate`: a set of cures, and how the model computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from calib.cures.prefix import Prefix
+from calib.cures.record import smoothing_record
+from calib.cures.rotate import OnlineRotation
+from calib.cures.smooth import Smoothing
+from calib.measurement.artifact import Measurement
+from calib.quantized import QuantizationPlan, QuantizedModel, plan_from_scales
+from calib.quantized.grid import IntegerGrid
+from calib.quantized.weights import WeightScheme
+from calib.scales import choose_scales
+from calib.schema.scales import CureRecord
+
+__all__ = ["CONVENTION", "KEPT", "Candidate"]
+
+CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
+"""The grids of the checkpoint that is written: what is judged is what will run."""
+KEPT = "kept in float for its effect on the output"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Cures, in the order in which they act; nothing is applied yet.
+
+    Attributes:
+        name: for people.
+        bits: of activations and weights.
+        symmetric: grid of activations.
+        measurement: of the uncured model behind the prefix: what smoothing is computed from.
+        ranges: of the model with these cures: what scales are chosen from.
+        prefix: tokens in front of every sequence.
+        smoothing: folded into weights.
+        rotation: computed online.
+        plan: the quantized model; made of `ranges` if absent.
+        kept: layers in float.
+        compensated: whether the weights of `plan` are rounded with error compensation.
+    """
+
+    name: str
+    bits: int
+    symmetric: bool
+    measurement: Measurement
+    ranges: Measurement
+    prefix: Prefix | None = None
+    smoothing: Smoothing | None = None
+    rotation: OnlineRotation | None = None
+    plan: QuantizationPlan | None = None
+    kept: tuple[str, ...] = ()
+    compensated: bool = False
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids in front of every sequence."""
+        return () if self.prefix is None else self.prefix.token_ids
+
+    def apply(self, model: nn.Module) -> ExitStack:
+        """Changes the model: still float, the same function. Closing the result changes it back."""
+        with ExitStack() as stack:
+            if self.smoothing is not None:
+                stack.enter_context(self.smoothing.apply(model))
+            if self.rotation is not None:
+                stack.enter_context(self.rotation.apply(model))
+            return stack.pop_all()
+
+    @contextmanager
+    def quantized(self, model: nn.Module) -> Iterator[QuantizedModel]:
+        """The model computes as the quantized one with these cures."""
+        with self.apply(model), QuantizedModel(model, self.planned(model)) as quantized:
+            yield quantized
+
+    def planned(self, model: nn.Module) -> QuantizationPlan:
+        """The plan of the quantized model: weights are rounded per row, from what the model holds when it runs."""
+        if self.plan is not None:
+            return self.plan
+        scales = choose_scales(self.ranges, bits=self.bits, symmetric=self.symmetric, include_sink=self.prefix is None)
+        plan = plan_from_scales(
+            model,
+            scales,
+            weights=WeightScheme(IntegerGrid.of(self.bits, convention=CONVENTION)),
+            convention=CONVENTION,
+            skip_positions=len(self.prefix_ids),
+        )
+        return plan.without(dict.fromkeys(self.kept, KEPT)) if self.kept else plan
+
+    def records(self) -> list[CureRecord]:
+        """Entries of `cures` in scales.json."""
+        found = [cure.record() for cure in (self.prefix,) if cure is not None]
+        if self.smoothing is not None:
+            found.append(smoothing_record(self.smoothing))
+        if self.rotation is not None:
+            found.append(self.rotation.record())
+        if self.compensated:
+            summary = "weights rounded with error compensation (GPTQ), channels in the order of their energy"
+            found.append(CureRecord(kind="compensate", summary=summary, settings={"order": "activation"}))
+        if self.kept:
+            summary = f"{len(self.kept)} layers left in float, by their measured effect on the output"
+            found.append(CureRecord(kind="keep", summary=summary, settings={"modules": list(self.kept)}))
+        return found
