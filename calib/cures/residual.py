@@ -109,7 +109,7 @@ def _rotatable(name: str, norm: nn.Module, width: int) -> Rule:
         plain, turned = (functional_call(norm, bare, t) for t in (x, rotation.rotate(x)))
     if not same([rotation.rotate(plain)], [turned]):
         raise ModelError(
-            f"{name}: a {type(norm).__name__} does not commute with a rotation, as one that subtracts the mean never "
+            f"{name}: {type(norm).__name__} does not commute with a rotation, as one that subtracts the mean never "
             "does; rotate inputs online"
         )
     if rule is None or isinstance(norm._parameters.get("bias"), nn.Parameter):
