@@ -11,6 +11,7 @@ import click
 from calib.cli.config import RecipeCommand
 from calib.cli.options import corpus_options, measured, model_options, opened, output_options, run_options
 from calib.cli.protocols import follow_protocol, show_protocol
+from calib.cli.revisions import measure_revisions
 from calib.errors import GateError, Interrupted, UsageError
 from calib.output import require_free
 
@@ -27,6 +28,7 @@ __all__ = ["command"]
 @corpus_options
 @run_options
 @click.option("--protocol", type=click.Choice(["max-activations"]), help="Follow a published protocol; see docs.")
+@click.option("--revisions", help="a,b,c: revisions of a hub id, or folders inside MODEL, each into its own folder.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted measurement in the output folder.")
 @output_options
 def command(model: str, output: Path, **given: Any) -> None:
@@ -36,6 +38,9 @@ def command(model: str, output: Path, **given: Any) -> None:
     Exit code 3: done, but a gate failed. 130: interrupted; what was measured is kept, and the same command with
     --resume measures the rest.
     """
+    if given["revisions"]:
+        measure_revisions(model, output, given)
+        return
     held = _interrupted(output, given) if given["resume"] else None
     require_free(output, overwrite=given["overwrite"] or held is not None, reads=[model])
     follow_protocol(given)
