@@ -31,7 +31,7 @@ def test_cures_write_a_checkpoint_that_transformers_loads_and_say_what_each_boug
 
 
 def test_the_checkpoint_computes_what_was_judged(tiny_llama: Path, tmp_path: Path) -> None:
-    """Compensated codes, the smoothed weights and the scales of the file: logits equal those of the plan, bit for bit."""
+    """Compensated codes, smoothed weights and the scales of the file: logits equal those of the plan, bit for bit."""
     from transformers import AutoModelForCausalLM
 
     from calib.corpus import build_blocks

@@ -90,7 +90,7 @@ def test_the_search_finds_the_smoothing_that_planted_channels_need(
     none, chosen = cured.rows[0], cured.rows[-1]
     assert none.name == "none"
     assert chosen.divergence.value < none.divergence.value / 3
-    assert [cure.kind for cure in cured.scales.cures][0] == "smooth"
+    assert next(cure.kind for cure in cured.scales.cures) == "smooth"
     after = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)  # the float function is kept
     with QuantizedModel(opened.model, cured.plan) as quantized:
