@@ -107,6 +107,7 @@ def measure(
     mine = [i for i in _shard(len(plan), options.shard) if i not in set(skip)]
     if not mine:
         raise GateError("measure: all batches of this plan were measured before; nothing is left to do")
+    _settle(opened, blocks, device)
     calibration = Calibration(
         model,
         sites=options.sites,
@@ -232,6 +233,15 @@ def _forward(
             model.generate(inputs["input_ids"], do_sample=False, num_beams=1, pad_token_id=0, **exactly)
         else:
             model(**inputs)
+
+
+def _settle(opened: OpenedModel, blocks: TokenBlocks, device: torch.device) -> None:
+    """Runs a quantized checkpoint on a few tokens: some unpack their weights, and change modules, on the first call."""
+    if getattr(getattr(opened.model, "config", None), "quantization_config", None) is None:
+        return
+    ids = torch.from_numpy(blocks.input_ids[:1, :2]).to(device)
+    with torch.no_grad(), evaluating(opened.model), explained(opened, tuple(ids.shape)):
+        opened.model(input_ids=ids)
 
 
 def _check_generation(opened: OpenedModel, blocks: TokenBlocks, generate: int) -> None:

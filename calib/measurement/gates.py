@@ -153,6 +153,8 @@ def finite(sites: Mapping[str, Site]) -> Gate:
         place = statistics.fault.place
         where = ", first at document {}, position {}, channel {}".format(*place) if place else ""
         details.append(f"{name}: {statistics.range.nonfinite_all} values{where}")
+    if any(sites[name].dtype == "float16" for name, _ in faulty):
+        details.append("float16 ends at 65,504: pass --dtype bfloat16 or float32")
     return Gate("finite", not faulty, "; ".join(details) or "no NaN, no infinity")
 
 

@@ -115,3 +115,14 @@ def test_a_kind_that_is_ignored_takes_only_tensors_that_it_names(tiny_llama: Pat
 def test_unknown_options_are_usage_errors(option: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         Calibration(Branches(), **option)  # type: ignore[arg-type]
+
+
+def test_an_overflow_of_float16_comes_with_advice() -> None:
+    model = Branches().half()
+    model.always.weight.data.fill_(200.0)
+    with torch.no_grad(), Calibration(model, ignore=["rare"]) as calibration:
+        model(torch.full((2, 4), 300.0, dtype=torch.float16))
+    passed, detail = gate_of(calibration, "finite")
+    assert not passed
+    assert "always:output" in detail
+    assert "--dtype bfloat16" in detail
