@@ -25,7 +25,7 @@ COLUMNS = (
     carries="ranges, scales, zero points, verdicts of every tensor",
     consumers=("spreadsheets", "pandas"),
     proven="Python's csv reader",
-    cures=("smooth", "rotate", "keep", "prefix"),
+    cures=("smooth", "rotate", "keep", "clip", "prefix"),
 )
 def export_csv(request: ExportRequest) -> ExportSummary:
     """Writes `scales.csv`. A tensor that several modules read has a row under each name; a list is joined by spaces."""

@@ -26,7 +26,7 @@ class Format:
         summary: what is written.
         carries: what of a scale file survives in it.
         cures: kinds of cures it can express. One that is folded into weights is expressed by any format whose
-            consumer runs the cured checkpoint; `keep` by any that can leave a layer in float.
+            consumer runs the cured checkpoint; `keep` by any that can leave a layer in float; `clip` is in the ranges.
         consumers: programs that read it.
         proven: the consumer, or the parser, that the tests load it with.
         variants: what may follow the name after a colon, the first is the default.
@@ -42,7 +42,7 @@ class Format:
     consumers: tuple[str, ...]
     proven: str
     write: Writer
-    cures: tuple[str, ...] = ("smooth", "rotate", "keep")
+    cures: tuple[str, ...] = ("smooth", "rotate", "keep", "clip")
     variants: tuple[str, ...] = ()
     model: bool = False
     measurement: bool = False
@@ -60,7 +60,7 @@ def register(
     carries: str,
     consumers: tuple[str, ...],
     proven: str,
-    cures: tuple[str, ...] = ("smooth", "rotate", "keep"),
+    cures: tuple[str, ...] = ("smooth", "rotate", "keep", "clip"),
     variants: tuple[str, ...] = (),
     model: bool = False,
     measurement: bool = False,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The range that a published scale stands for, such that the formula of its format gives the same scale again.
 
-Every scale that the formula made of float32 numbers is given back. One that nothing could have led to, because ranges of
-float32 neighbours lie further apart than scales do, comes back as its neighbour.
+Every scale that the formula made of float32 numbers is given back. One that nothing could have led to, because float32
+ranges lie further apart than float32 scales there, comes back as its neighbour.
 """
 
 from __future__ import annotations

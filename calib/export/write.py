@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from calib.schema.scales import ScaleFile
 if TYPE_CHECKING:
     from calib.measurement.artifact import Measurement
     from calib.models import OpenedModel
+    from calib.quantized import QuantizedWeight
 
 __all__ = ["export_scales", "require_packages"]
 
@@ -39,6 +41,7 @@ def export_scales(
     measurement: Measurement | None = None,
     kv_cache: bool = False,
     shard_size: str = "5GB",
+    weights: Mapping[str, QuantizedWeight] | None = None,
     overwrite: bool = False,
 ) -> ExportSummary:
     """Writes scales in a format that a consumer reads, beside `scales.json` and `calib_export.json`.
@@ -51,6 +54,7 @@ def export_scales(
         measurement: that the scales were chosen from; formats with channel statistics need it.
         kv_cache: write scales of keys and values too, where the format has them.
         shard_size: of checkpoint files.
+        weights: rounded before, with error compensation, on the grid of the format.
         overwrite: replace the folder.
 
     Raises:
@@ -60,7 +64,7 @@ def export_scales(
         GateError: the model was measured in another dtype than it would be served in.
     """
     found, variant = parse_format(to)
-    request = ExportRequest(scales, folder, model, measurement, variant, kv_cache, shard_size)
+    request = ExportRequest(scales, folder, model, measurement, variant, kv_cache, shard_size, weights or {})
     require_fit(found, request)
     require_packages(found.extra, found.name)
     with output_folder(folder, overwrite=overwrite) as work:
@@ -78,11 +82,17 @@ def require_fit(found: Format, request: ExportRequest) -> None:
         _ = request.opened
     if found.measurement and request.measured.sha256 != scales.measurement_sha256:
         raise ArtifactError(f"{scales.model.name}: the scales were chosen from another measurement; pass that one")
-    for kind in (cure.kind for cure in scales.cures):
-        if kind not in found.cures:
+    for cure in scales.cures:
+        kind = cure.kind
+        if kind not in found.cures or cure.needs == "online-op":
             raise ArtifactError(
                 f"format {found.name}: cannot express the cure {kind!r} of the scale file; "
                 f"choose a format that can (`calib formats`), or scales without it"
+            )
+        if kind == "compensate" and not request.weights:
+            raise ArtifactError(
+                f"{scales.model.name}: its weights were rounded with error compensation, and scales alone do not hold "
+                "them; export from `calib quantize`, or choose scales without it"
             )
     if request.model is None:
         return

@@ -161,6 +161,9 @@ def test_what_does_not_belong_together_is_refused(llama: Lab, bert: Lab, tmp_pat
         export_scales(
             scales.model_copy(update={"cures": [CureRecord(kind="prefix", summary="")]}), out, llama.opened, to=to
         )
+    compensated = scales.model_copy(update={"cures": [CureRecord(kind="compensate", summary="s")]})
+    with pytest.raises(ArtifactError, match="scales alone do not hold them"):
+        export_scales(compensated, out, llama.opened, to=to)
     half = scales.model_copy(update={"model": scales.model.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(GateError, match="measured in bfloat16"):
         export_scales(half, out, llama.opened, to=to)
