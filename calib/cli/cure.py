@@ -146,7 +146,15 @@ def _save_cures(cured: Cured, folder: Path) -> None:
     record = {
         "chosen": cured.candidate.name,
         "reason": cured.reason,
-        "rows": [asdict(row) for row in cured.rows],
+        "rows": [
+            {
+                "name": row.name,
+                "divergence": asdict(row.divergence),
+                "ratio": None if row.ratio is None else asdict(row.ratio),
+                "seconds": row.seconds,
+            }
+            for row in cured.rows
+        ],
         "skipped": cured.skipped,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)

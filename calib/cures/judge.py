@@ -41,8 +41,21 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """The figure that candidates are compared by."""
+        """Mean divergence."""
         return float(self.divergence.mean())
+
+    def worth(self, reference: NDArray[np.float64] | None) -> float:
+        """What candidates are compared by, lower is better: the mean of divergence and loss of likelihood.
+
+        The likelihood of the text is what users ask for, but noisy on few blocks; the divergence is steady, but weighs
+        tokens as the float model expects them, not as they are.
+
+        Args:
+            reference: likelihoods of the float model; None if nothing is predicted: the divergence alone counts.
+        """
+        if self.nll is None or reference is None:
+            return self.mean
+        return (self.mean + float((self.nll - reference).mean())) / 2
 
     def interval(self) -> Interval:
         """The same with a 90 % interval over blocks."""

@@ -59,16 +59,21 @@ class Row:
     """One line of the ablation table.
 
     Attributes:
-        name: the cures.
+        candidate: the cures.
         divergence: on verification blocks, see `Judge`.
         ratio: of perplexity to the float model with the same tokens in context; None if nothing is predicted.
         seconds: that finding it took.
     """
 
-    name: str
+    candidate: Candidate
     divergence: Interval
     ratio: Interval | None
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """The cures, for people."""
+        return self.candidate.name
 
 
 @dataclass(eq=False)

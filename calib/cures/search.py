@@ -2,9 +2,9 @@
 """`find_cure`: the cheapest set of cures that meets a target, found by what comes out of the quantized model.
 
 A ladder is climbed, cheap cures first: nothing; smoothing; smoothing behind a prefix; an alpha for each role; a
-rotation in front of layers that nothing else can rotate; error-compensated weights; layers left in float. Each rung keeps what
-the last one found. The search looks at one part of the held-out blocks; the ablation table comes from another part,
-which no decision has seen.
+rotation in front of layers that nothing else can rotate; error-compensated weights; layers left in float. Each rung
+keeps what the last one found. The search looks at one part of the held-out blocks; the ablation table comes from
+another part, which no decision has seen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
 _STEP = 0.1
 _SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
 _SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
-_KEEP_SHORTLIST = 10
+_KEEP_SHORTLIST = 6
 _JUDGES_HELD = 3
 Say = Callable[[str], None]
 
@@ -54,10 +54,7 @@ class _State:
 
     candidate: Candidate
     score: Score
-
-    @property
-    def worth(self) -> float:
-        return self.score.mean
+    worth: float
 
 
 def find_cure(
@@ -145,20 +142,21 @@ class _Search:
         judge = self._judge(part, candidate.prefix_ids)
         with candidate.quantized(self.model):
             score = judge.judge()
-        self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}")
-        return _State(candidate, score)
+        ratio = score.ratio(judge.reference_nll)
+        self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
+        return _State(candidate, score, score.worth(judge.reference_nll))
 
     def _met(self, state: _State) -> bool:
         """Whether the target is met on the search blocks."""
         ratio = state.score.ratio(self._judge("search", state.candidate.prefix_ids).reference_nll)
-        return (1 + state.worth if ratio is None else ratio.value) <= self.options.target
+        return (1 + state.score.mean if ratio is None else ratio.value) <= self.options.target
 
     def _note(self, state: _State) -> None:
         """A line of the table, from blocks that the search has not seen."""
         score = self._try(state.candidate, "verify").score
         ratio = score.ratio(self._judge("verify", state.candidate.prefix_ids).reference_nll)
         now = time.perf_counter()
-        self.rows.append(Row(state.candidate.name, score.interval(), ratio, round(now - self.begin, 1)))
+        self.rows.append(Row(state.candidate, score.interval(), ratio, round(now - self.begin, 1)))
         self.begin = now
 
     def _smooth(self, state: _State, alphas: Sequence[float] = ALPHAS) -> list[_State]:
@@ -201,7 +199,9 @@ class _Search:
                 states.append(self._try(bare))
             else:
                 best = state.candidate.smoothing.alphas[0]
-                states += self._smooth(_State(bare, state.score), [a for a in ALPHAS if abs(a - best) < 1.5 * _STEP])
+                states += self._smooth(
+                    replace(state, candidate=bare), [a for a in ALPHAS if abs(a - best) < 1.5 * _STEP]
+                )
         return states
 
     def _roles(self, state: _State) -> list[_State]:

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static INT8 of SmolLM2-135M on Moby-Dick: what each cure buys, against float with the same tokens in context.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/quality.py             # about half an hour on two quiet cores
+
+Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for the searches; 200,000.. evaluation
+(48 x 512, and the first 12 of them for comparison with older figures). Perplexity over positions 1..511, float32. All
+linear layers but the head; activations per tensor, static unless said; weights per output row, unless said.
+Rows are written as they come, and not computed again (--fresh does).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from assets import fetch
+from numpy.typing import NDArray
+from results_file import RESULTS, write
+
+from calib.corpus import TokenBlocks, build_blocks
+from calib.cures.result import CureOptions
+from calib.cures.search import find_cure
+from calib.evaluation.interval import perplexity_ratio
+from calib.evaluation.language import score_tokens
+from calib.measurement import MeasureOptions, measure
+from calib.models import OpenedModel, open_model
+from calib.quantized import QuantizedModel, WeightScheme, plan_from_scales
+from calib.quantized.grid import IntegerGrid
+from calib.scales import choose_scales
+
+LENGTH = 512
+NAME = "quality"
+
+
+def book(opened: OpenedModel, folder: Path) -> NDArray[np.int64]:
+    text = (fetch("moby-dick") / "data.txt").read_text(encoding="utf-8")
+    return np.array(opened.tokenizer(text, add_special_tokens=False).input_ids, np.int64)
+
+
+def blocks_of(opened: OpenedModel, ids: NDArray[np.int64], start: int, count: int, folder: Path) -> TokenBlocks:
+    rows = ids[start : start + count * LENGTH].reshape(count, LENGTH)
+    path = folder / f"{start}.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows))
+    return build_blocks([path], opened.tokenizer, samples=count, max_length=LENGTH)
+
+
+class Table:
+    """Rows on disk, so that a run that is broken off goes on where it was."""
+
+    def __init__(self, fresh: bool) -> None:
+        self.path = RESULTS / f"{NAME}.json"
+        held = json.loads(self.path.read_text()) if self.path.exists() and not fresh else {}
+        self.rows: dict[str, Any] = held.get("rows", {})
+        self.searches: dict[str, Any] = held.get("searches", {})
+
+    def save(self) -> None:
+        write(NAME, {"model": "SmolLM2-135M-Instruct (dequantized from Q4_1)", "text": "Moby-Dick", "length": LENGTH,
+                     "searches": self.searches, "rows": self.rows})  # fmt: skip
+
+
+def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=48)
+    parser.add_argument("--held-out", type=int, default=12)
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/calib-quality"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    opened = open_model(fetch("smollm2"), device="cpu")
+    model = opened.model
+    ids = book(opened, arguments.work)
+    calibration = blocks_of(opened, ids, 20_000, 12, arguments.work)
+    held_out = blocks_of(opened, ids, 100_000, arguments.held_out, arguments.work)
+    evaluation = ids[200_000 : 200_000 + arguments.blocks * LENGTH].reshape(-1, LENGTH)
+    table = Table(arguments.fresh)
+    references: dict[tuple[int, ...], NDArray[np.float64]] = {}
+
+    def score(name: str, context: Callable[[], AbstractContextManager[object]], prefix: tuple[int, ...] = ()) -> None:
+        if name in table.rows:
+            return
+        begin = time.perf_counter()
+        if prefix not in references:
+            references[prefix] = score_tokens(model, evaluation, prefix=prefix).nll
+        reference = references[prefix]
+        with context():
+            nll = score_tokens(model, evaluation, prefix=prefix).nll if context is not nullcontext else reference
+        row: dict[str, Any] = {"prefix": list(prefix), "perplexity": round(float(np.exp(nll.mean())), 4)}
+        for count in (12, arguments.blocks):
+            ratio = perplexity_ratio(nll[:count], reference[:count])
+            row[f"blocks_{count}"] = {
+                "perplexity": round(float(np.exp(nll[:count].mean())), 4),
+                "float_perplexity": round(float(np.exp(reference[:count].mean())), 4),
+                "ratio": round(ratio.value, 5),
+                "low": round(ratio.low, 5),
+                "high": round(ratio.high, 5),
+            }
+        row["seconds"] = round(time.perf_counter() - begin, 1)
+        table.rows[name] = row
+        table.save()
+        print(name, row, flush=True)
+
+    begin = time.perf_counter()
+    measurement = measure(opened, calibration, MeasureOptions(batch_size=4))
+    measuring = time.perf_counter() - begin
+    scales = choose_scales(measurement)
+    rows = WeightScheme(IntegerGrid.of(8))
+    score("float", nullcontext)
+    for name, options in {
+        "plain static": {},
+        "dynamic per-token": {"inputs": "dynamic-per-token"},
+        "weights only": {"inputs": "none"},
+    }.items():
+        plan = plan_from_scales(model, scales, weights=rows, **options)
+        score(name, lambda plan=plan: QuantizedModel(model, plan))
+
+    searches = {
+        "auto": CureOptions(target=1.0),
+        "auto + rotate": CureOptions(cures=("smooth", "prefix", "rotate", "compensate"), target=1.0),
+        "ordinary checkpoint, 3 kept": CureOptions(cures=("smooth", "compensate", "keep"), target=1.0, keep=3),
+    }
+    for name, options in searches.items():
+        if name in table.searches:
+            continue
+        begin = time.perf_counter()
+        # a fresh model each: a search changes the one it is given
+        mine = open_model(fetch("smollm2"), device="cpu")
+        cured = find_cure(
+            mine, measurement, calibration, held_out, options,
+            say=lambda line: print(f"{time.perf_counter() - begin:.0f} s  {line}", flush=True),  # noqa: B023
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        candidate = cured.candidate
+        best = [row for row in cured.rows if row.name.startswith("smooth")][:1]
+        for row in best if name == "auto" else []:
+            score(f"best single alpha: {row.name}", lambda c=row.candidate: c.quantized(model))
+        ids_ = candidate.prefix_ids
+        score(f"{name} (chosen): {candidate.name}", lambda: QuantizedModel(mine.model, cured.plan), ids_)  # noqa: B023
+        _chosen(name, cured, mine, score)
+        table.searches[name] = {
+            "options": dataclasses.asdict(options),
+            "chosen": candidate.name,
+            "reason": cured.reason,
+            "seconds": round(seconds, 1),
+            "seconds_over_measuring": round(seconds / measuring, 2),
+            "measuring_seconds": round(measuring, 1),
+            "ablation": [
+                {"name": r.name, "divergence": dataclasses.asdict(r.divergence),
+                 "ratio": None if r.ratio is None else dataclasses.asdict(r.ratio), "seconds": r.seconds}
+                for r in cured.rows
+            ],
+        }  # fmt: skip
+        table.save()
+
+
+def _chosen(name: str, cured: Any, mine: OpenedModel, score: Callable[..., None]) -> None:
+    """Of the result of `auto`: keys and values in INT8 too, and weights with one scale for all."""
+    if name != "auto":
+        return
+    ids = cured.candidate.prefix_ids
+    skip = {"skip_positions": len(ids), "convention": "compressed-tensors"}
+    grid = IntegerGrid.of(8, convention="compressed-tensors")
+    with_cache = plan_from_scales(mine.model, cured.scales, kv_cache="static", weights=WeightScheme(grid), **skip)
+    with_cache = with_cache.with_weights(cured.plan.weights)
+    score("auto + INT8 KV cache", lambda: QuantizedModel(mine.model, with_cache), ids)
+    per_tensor = plan_from_scales(mine.model, cured.scales, weights=WeightScheme(grid, "per-tensor"), **skip)
+    score("auto, weights per tensor", lambda: QuantizedModel(mine.model, per_tensor), ids)
+
+
+if __name__ == "__main__":
+    main()
