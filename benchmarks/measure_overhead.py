@@ -5,8 +5,9 @@
     python benchmarks/measure_overhead.py --device cuda                       # a Llama-shaped model, random weights
 
 Plain and measured passes alternate in one process. CPU figures are process CPU time, all threads; on a GPU they are
-event times. The first pass, which finds aliases and compiles, is reported apart. Memory is the peak of resident memory
-(or of the CUDA allocator) in a measured pass above that in a plain one.
+event times. A probe of 16 tokens, which finds aliases, comes first, as in `calib measure`. Memory is the peak of
+resident memory (or of the CUDA allocator) above that of plain passes; on the CPU each figure has a process of its own,
+because memory that one case freed would hide what the next one takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
+import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -86,7 +89,8 @@ def compare(model: torch.nn.Module, ids: torch.Tensor, pairs: int, statistics: s
 
     run(nullcontext())
     plain_memory = max(run(nullcontext())[2] for _ in range(3))
-    first = run(calibration)[0]
+    with torch.no_grad(), without_head(model), calibration, calibration.probe():
+        model(**{**inputs, "input_ids": ids[:1, :16]})
     measured_memory = max(run(calibration)[2] for _ in range(2))
     ratios, walls, plains, measureds = [], [], [], []
     for pair in range(pairs):
@@ -107,10 +111,32 @@ def compare(model: torch.nn.Module, ids: torch.Tensor, pairs: int, statistics: s
         "wall_ratio": median_interval(walls),
         "plain_seconds": median_interval(plains),
         "measured_seconds": median_interval(measureds),
-        "first_pass_seconds": round(first, 3),
         "extra_memory_mb": round((measured_memory - plain_memory) / 1e6, 1),
         "ratios": [round(r, 4) for r in ratios],
     }
+
+
+def peak_memory(model: torch.nn.Module, ids: torch.Tensor, statistics: str) -> int:
+    """Peak resident memory of five passes in this process; ``plain`` measures nothing."""
+    inputs: dict[str, Any] = {"use_cache": False} if takes_cache(model) else {}
+    context: Any = nullcontext() if statistics == "plain" else Calibration(model, statistics=statistics)
+    with torch.no_grad(), without_head(model), context, PeakMemory(ids.device) as memory:
+        if statistics != "plain":
+            with context.probe():
+                model(input_ids=ids[:1, :16], **inputs)
+        for _ in range(5):
+            model(input_ids=ids, **inputs)
+    return memory.peak
+
+
+def extra_memory(name: str, statistics: str, arguments: argparse.Namespace) -> float:
+    """Megabytes above plain passes, each in a process of its own."""
+    peaks = []
+    for what in (statistics, "plain"):
+        command = [sys.executable, __file__, "--memory", name, what, "--batch-size", str(arguments.batch_size),
+                   "--max-length", str(arguments.max_length)]  # fmt: skip
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+    return round((peaks[0] - peaks[1]) / 1e6, 1)
 
 
 def llama_shaped(layers: int, hidden: int) -> torch.nn.Module:
@@ -143,9 +169,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="with --device cuda")
     parser.add_argument("--hidden", type=int, default=2048, help="with --device cuda")
     parser.add_argument("--statistics", nargs="*", default=["full", "ranges"])
+    parser.add_argument("--memory", nargs=2, metavar=("MODEL", "STATISTICS"), help="print peak memory in bytes, stop")
     parser.add_argument("--output", default=None, help="name of the result file; nothing is written with '-'")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if arguments.memory:
+        model = cpu_models(arguments.memory[:1])[arguments.memory[0]]
+        ids = torch.randint(5, model.config.vocab_size, (arguments.batch_size, arguments.max_length))
+        print(peak_memory(model, ids, arguments.memory[1]))
+        return
     figures: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(0)
     if device.type == "cuda":
@@ -158,6 +190,8 @@ def main() -> None:
         ids = torch.randint(5, model.config.vocab_size, shape, generator=generator).to(device)
         for statistics in arguments.statistics:
             result = compare(model, ids, arguments.pairs, statistics, "auto")
+            if device.type == "cpu":
+                result["extra_memory_mb"] = extra_memory(name, statistics, arguments)
             figures[f"{name}/{statistics}"] = result
             print(name, json.dumps({k: v for k, v in result.items() if k != "ratios"}))
     if arguments.output != "-":

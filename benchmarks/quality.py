@@ -4,8 +4,9 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/quality.py             # about half an hour on two quiet cores
 
 Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for the searches; 200,000.. evaluation
-(48 x 512, and the first 12 of them for comparison with older figures). Perplexity over positions 1..511, float32. All
-linear layers but the head; activations per tensor, static unless said; weights per output row, unless said.
+(48 x 512 for what is chosen, 24 for the rows beside it; the first 12 of them to compare with older figures).
+Perplexity over positions 1..511, float32. All linear layers but the head; activations per tensor, static unless said;
+weights per output row, unless said.
 Rows are written as they come, and not computed again (--fresh does).
 """
 
@@ -73,6 +74,7 @@ class Table:
 def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=48)
+    parser.add_argument("--few", type=int, default=24, help="blocks of the rows beside the chosen ones")
     parser.add_argument("--held-out", type=int, default=12)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("/tmp/calib-quality"))
@@ -85,23 +87,35 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
     held_out = blocks_of(opened, ids, 100_000, arguments.held_out, arguments.work)
     evaluation = ids[200_000 : 200_000 + arguments.blocks * LENGTH].reshape(-1, LENGTH)
     table = Table(arguments.fresh)
-    references: dict[tuple[int, ...], NDArray[np.float64]] = {}
 
-    def score(name: str, context: Callable[[], AbstractContextManager[object]], prefix: tuple[int, ...] = ()) -> None:
+    def reference_of(prefix: tuple[int, ...]) -> NDArray[np.float64]:
+        """Float scores, kept on disk: half of the time of a run."""
+        path = arguments.work / f"float-{arguments.blocks}-{'-'.join(map(str, prefix))}.npy"
+        if not path.exists():
+            np.save(path, score_tokens(model, evaluation, prefix=prefix).nll)
+        scores: NDArray[np.float64] = np.load(path)
+        return scores
+
+    def score(
+        name: str,
+        context: Callable[[], AbstractContextManager[object]],
+        prefix: tuple[int, ...] = (),
+        *,
+        count: int = arguments.few,
+        of: Any = model,
+    ) -> None:
         if name in table.rows:
             return
         begin = time.perf_counter()
-        if prefix not in references:
-            references[prefix] = score_tokens(model, evaluation, prefix=prefix).nll
-        reference = references[prefix]
+        reference = reference_of(prefix)[:count]
         with context():
-            nll = score_tokens(model, evaluation, prefix=prefix).nll if context is not nullcontext else reference
-        row: dict[str, Any] = {"prefix": list(prefix), "perplexity": round(float(np.exp(nll.mean())), 4)}
-        for count in (12, arguments.blocks):
-            ratio = perplexity_ratio(nll[:count], reference[:count])
-            row[f"blocks_{count}"] = {
-                "perplexity": round(float(np.exp(nll[:count].mean())), 4),
-                "float_perplexity": round(float(np.exp(reference[:count].mean())), 4),
+            nll = reference if context is nullcontext else score_tokens(of, evaluation[:count], prefix=prefix).nll
+        row: dict[str, Any] = {"prefix": list(prefix)}
+        for blocks in (12, count):
+            ratio = perplexity_ratio(nll[:blocks], reference[:blocks])
+            row[f"blocks_{blocks}"] = {
+                "perplexity": round(float(np.exp(nll[:blocks].mean())), 4),
+                "float_perplexity": round(float(np.exp(reference[:blocks].mean())), 4),
                 "ratio": round(ratio.value, 5),
                 "low": round(ratio.low, 5),
                 "high": round(ratio.high, 5),
@@ -116,7 +130,7 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
     measuring = time.perf_counter() - begin
     scales = choose_scales(measurement)
     rows = WeightScheme(IntegerGrid.of(8))
-    score("float", nullcontext)
+    score("float", nullcontext, count=arguments.blocks)
     for name, options in {
         "plain static": {},
         "dynamic per-token": {"inputs": "dynamic-per-token"},
@@ -146,7 +160,9 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         for row in best if name == "auto" else []:
             score(f"best single alpha: {row.name}", lambda c=row.candidate: c.quantized(model))
         ids_ = candidate.prefix_ids
-        score(f"{name} (chosen): {candidate.name}", lambda: QuantizedModel(mine.model, cured.plan), ids_)  # noqa: B023
+        count = arguments.blocks if name == "auto" else arguments.few
+        chosen = f"{name} (chosen): {candidate.name}"
+        score(chosen, lambda: QuantizedModel(mine.model, cured.plan), ids_, count=count, of=mine.model)  # noqa: B023
         _chosen(name, cured, mine, score)
         table.searches[name] = {
             "options": dataclasses.asdict(options),
@@ -173,9 +189,9 @@ def _chosen(name: str, cured: Any, mine: OpenedModel, score: Callable[..., None]
     grid = IntegerGrid.of(8, convention="compressed-tensors")
     with_cache = plan_from_scales(mine.model, cured.scales, kv_cache="static", weights=WeightScheme(grid), **skip)
     with_cache = with_cache.with_weights(cured.plan.weights)
-    score("auto + INT8 KV cache", lambda: QuantizedModel(mine.model, with_cache), ids)
+    score("auto + INT8 KV cache", lambda: QuantizedModel(mine.model, with_cache), ids, of=mine.model)
     per_tensor = plan_from_scales(mine.model, cured.scales, weights=WeightScheme(grid, "per-tensor"), **skip)
-    score("auto, weights per tensor", lambda: QuantizedModel(mine.model, per_tensor), ids)
+    score("auto, weights per tensor", lambda: QuantizedModel(mine.model, per_tensor), ids, of=mine.model)
 
 
 if __name__ == "__main__":
