@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calib.cli.config import RecipeCommand
 from calib.cli.options import batch_size, model_options, opened
 from calib.errors import UsageError
+
+if TYPE_CHECKING:
+    from calib.quantized import QuantizedWeight
+    from calib.schema.scales import ScaleFile
 
 __all__ = ["command"]
 
@@ -29,6 +33,8 @@ _MODES = ["static", "dynamic-per-token", "none"]
 @click.option("--kv-cache", type=click.Choice(_MODES), default="none", show_default=True,
               help="How keys and values are rounded, in every row.")  # fmt: skip
 @click.option("--kv-bits", type=click.IntRange(2, 16), help="Of keys and values; those of the scales if absent.")
+@click.option("--convention", type=click.Choice(["calib", "compressed-tensors"]), default="calib", show_default=True,
+              help="Whose formula makes a scale of a range.")  # fmt: skip
 @click.option("--ignore", multiple=True, help="Layers left in float: module, glob or re:...")
 @click.option("--layers", default=2, show_default=True, help="Blocks of which every tensor is compared; 0 for none.")
 @click.option("--batch-size", default="auto", show_default=True, help="Rows of a forward pass.")
@@ -39,8 +45,9 @@ _MODES = ["static", "dynamic-per-token", "none"]
 def command(model: str, scales: Path | None, **given: Any) -> None:
     """Say what quantization costs MODEL, on text that it was not calibrated on.
 
-    Rows: the float model, weights only, a dynamic scale per token, and with --scales the static scales. A prefix among
-    the cures of the scale file stands in front of every block.
+    Rows: the float model, weights only, a dynamic scale per token, and with --scales the static scales. Cures of the
+    scale file are applied to MODEL first, the checkpoint that they were found for; a prefix stands in front of every
+    block.
 
     \b
     calib evaluate MODEL                                 what INT8 would cost without static scales
@@ -60,6 +67,13 @@ def command(model: str, scales: Path | None, **given: Any) -> None:
     from calib.report.evaluation import print_evaluation
     from calib.report.progress import progress
 
+    codes: dict[str, QuantizedWeight] | None = None
+    if scales is not None and scale_file is not None:
+        from calib.cures.restore import restore_cures
+
+        folder = scales if scales.is_dir() else scales.parent
+        found = restore_cures(found, scale_file, folder)
+        codes = _compensated(scale_file, folder)
     names = ("samples", "max_length", "seed", "add_bos")
     blocks = build_blocks(given["data"], found.tokenizer, **{name: given[name] for name in names})
     quiet = given["quiet"] or given["as_json"]
@@ -73,9 +87,23 @@ def command(model: str, scales: Path | None, **given: Any) -> None:
             inputs=given["inputs"],
             kv_cache=given["kv_cache"],
             kv_bits=given["kv_bits"],
+            convention=given["convention"],
+            codes=codes,
+            online=True,
             ignore=given["ignore"],
             batch_size=size,
             layer_blocks=given["layers"],
             progress=report,
         )
     print_evaluation(result, as_json=given["as_json"])
+
+
+def _compensated(scales: ScaleFile, folder: Path) -> dict[str, QuantizedWeight] | None:
+    """Weights of the checkpoint that `calib quantize --cure` wrote beside the scales, if they are compensated."""
+    if not any(cure.kind == "compensate" for cure in scales.cures) or not (folder / "config.json").is_file():
+        return None
+    from calib.export.read_compressed_tensors import read_compressed_tensors
+    from calib.quantized import QuantizedWeight
+
+    linears = read_compressed_tensors(folder).linears
+    return {name: QuantizedWeight(linear.codes, linear.weight_scale) for name, linear in linears.items()}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from calib.evaluation.layers import layer_errors
 from calib.evaluation.outputs import compare_outputs
 from calib.evaluation.prefix import prefix_of, require_in_vocabulary
 from calib.models import OpenedModel
-from calib.quantized import QuantizationPlan, QuantizedModel, plan_from_scales
+from calib.quantized import QuantizationPlan, QuantizedModel, QuantizedWeight, plan_from_scales
+from calib.quantized.grid import Convention
 from calib.schema.evaluation import EvaluationFile, EvaluationRow, IntervalRecord, LayerTable
 from calib.schema.provenance import Producer
 from calib.schema.scales import ScaleFile
@@ -43,6 +44,9 @@ def evaluate(
     inputs: Sequence[Mode] = (),
     kv_cache: Mode = "none",
     kv_bits: int | None = None,
+    convention: Convention = "calib",
+    codes: Mapping[str, QuantizedWeight] | None = None,
+    online: bool = False,
     ignore: Sequence[str] = (),
     batch_size: int | None = None,
     layer_blocks: int = 2,
@@ -61,6 +65,9 @@ def evaluate(
         inputs: rows wanted, of `INPUTS`; those that can be had if empty.
         kv_cache: how keys and values are rounded, in every quantized row.
         kv_bits: see `plan_from_scales`.
+        convention: whose formula makes a scale of a range.
+        codes: weights that were rounded before, as error compensation does.
+        online: the model computes what a cure asks for as it runs, a rotation for instance.
         ignore: modules left in float.
         batch_size: blocks of a forward pass; about 1,024 tokens if absent.
         layer_blocks: blocks of which every tensor is compared; 0 for none.
@@ -78,10 +85,27 @@ def evaluate(
         raise UsageError(f"{opened.provenance.name}: an encoder-decoder needs targets; evaluate it in Python")
     if scales is not None:
         _require_same_model(opened, scales)
-        prefix = prefix_of(scales)
-        notes = _notes(opened, blocks, scales)
+        prefix = prefix_of(scales, online=online)
+        notes = _notes(opened, blocks, scales, codes)
     require_in_vocabulary(model, prefix)
-    rows = _forms(model, scales, inputs, kv_cache=kv_cache, kv_bits=kv_bits, ignore=ignore, skip=len(prefix))
+    wanted = [mode for mode in INPUTS if mode in (inputs or INPUTS)]
+    if scales is None and not inputs:
+        wanted.remove("static")
+    rows = []
+    for mode in wanted:
+        plan = plan_from_scales(
+            model,
+            scales,
+            inputs=mode,
+            kv_cache=kv_cache,
+            kv_bits=kv_bits,
+            convention=convention,
+            ignore=ignore,
+            skip_positions=len(prefix),
+        )
+        plan = plan.with_weights({name: weight for name, weight in (codes or {}).items() if name in plan.weights})
+        label = _LABELS[mode] + ("" if kv_cache == "none" else f", keys and values {_LABELS[kv_cache]}")
+        rows.append(_Form(label, mode, kv_cache, plan))
     size = batch_size or max(1, _TOKENS_PER_BATCH // blocks.input_ids.shape[1])
     language = opened.task == "text-generation"
     if prefix and not language:
@@ -129,29 +153,6 @@ class _Form:
         """With what was found."""
         silent = [] if self.last is None else self.last.silent()
         return EvaluationRow(label=self.label, inputs=self.inputs, kv_cache=self.kv_cache, silent=silent, **figures)
-
-
-def _forms(
-    model: nn.Module,
-    scales: ScaleFile | None,
-    inputs: Sequence[Mode],
-    *,
-    kv_cache: Mode,
-    kv_bits: int | None,
-    ignore: Sequence[str],
-    skip: int,
-) -> list[_Form]:
-    wanted = [mode for mode in INPUTS if mode in (inputs or INPUTS)]
-    if scales is None and not inputs:
-        wanted.remove("static")
-    forms = []
-    for mode in wanted:
-        plan = plan_from_scales(
-            model, scales, inputs=mode, kv_cache=kv_cache, kv_bits=kv_bits, ignore=ignore, skip_positions=skip
-        )
-        label = _LABELS[mode] + ("" if kv_cache == "none" else f", keys and values {_LABELS[kv_cache]}")
-        forms.append(_Form(label, mode, kv_cache, plan))
-    return forms
 
 
 @dataclass
@@ -229,11 +230,13 @@ def _require_same_model(opened: OpenedModel, scales: ScaleFile) -> None:
     if scales.model.fingerprint != opened.provenance.fingerprint:
         raise ArtifactError(
             f"{opened.provenance.name}: the scales are of another model, {scales.model.name}; "
-            "pass the checkpoint that was measured, with its cures"
+            "pass the checkpoint that was measured, or restore its cures"
         )
 
 
-def _notes(opened: OpenedModel, blocks: TokenBlocks, scales: ScaleFile) -> list[str]:
+def _notes(
+    opened: OpenedModel, blocks: TokenBlocks, scales: ScaleFile, codes: Mapping[str, QuantizedWeight] | None
+) -> list[str]:
     notes = []
     if scales.corpus.content_sha256 == blocks.provenance.content_sha256:
         notes.append("these blocks are the calibration data; pass others with -d or --seed")
@@ -241,6 +244,8 @@ def _notes(opened: OpenedModel, blocks: TokenBlocks, scales: ScaleFile) -> list[
         notes.append(
             "these blocks come from the texts of the calibration data, some may be the same; pass others with -d"
         )
+    if codes is None and any(cure.kind == "compensate" for cure in scales.cures):
+        notes.append("weights are rounded to the nearest here, those of the cured checkpoint with error compensation")
     if scales.model.dtype != opened.provenance.dtype:
         notes.append(f"the scales were measured in {scales.model.dtype}, the model runs in {opened.provenance.dtype}")
     return notes

@@ -14,18 +14,22 @@ from calib.schema.scales import ScaleFile
 __all__ = ["prefix_of", "require_in_vocabulary"]
 
 
-def prefix_of(scales: ScaleFile) -> tuple[int, ...]:
+def prefix_of(scales: ScaleFile, *, online: bool = False) -> tuple[int, ...]:
     """Token ids that stand in front of every sequence; empty if the scale file has no such cure.
 
+    Args:
+        scales: with cures.
+        online: the model computes whatever a cure asks for as it runs.
+
     Raises:
-        UsageError: a cure needs an operation that this evaluation does not compute.
+        UsageError: a cure needs an operation that the model does not compute.
         ArtifactError: the record of a prefix holds no token ids.
     """
     prefix: tuple[int, ...] = ()
     for cure in scales.cures:
-        if cure.needs == "online-op":
+        if cure.needs == "online-op" and not online:
             raise UsageError(
-                f"cure {cure.kind}: computes as the model runs, which no checkpoint holds; evaluate in Python"
+                f"cure {cure.kind}: computes as the model runs, which no checkpoint holds; restore the cures first"
             )
         if cure.kind == "prefix":
             ids = cure.settings.get("token_ids")

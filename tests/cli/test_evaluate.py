@@ -95,3 +95,21 @@ def test_scales_of_another_model_are_one_line(
 ) -> None:
     assert run("evaluate", tiny_gpt2, "--scales", scales, *FEW) == 1
     assert "another model" in one_line(capsys.readouterr().err)
+
+
+def test_a_cured_model_is_evaluated_from_its_parent(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = ["--samples", "16", "--max-length", "32", "--batch-size", "4", "-d", "builtin:speeches", "-q"]
+    # a target that nothing meets: smoothing and compensation are both tried
+    assert run("quantize", tiny_llama, "-o", tmp_path / "cured", *corpus, "--cure", "auto", "--target", "1") == 0
+    cures = {cure.kind for cure in load_scales(tmp_path / "cured").cures}
+    assert cures
+    options = ["--inputs", "static", "--convention", "compressed-tensors", "--json", "--layers", "0"]
+    assert run("evaluate", tiny_llama, "--scales", tmp_path / "cured", *FEW, *options) == 0
+    found = EvaluationFile.model_validate_json(capsys.readouterr().out)
+    assert not any("rounded to the nearest here" in note for note in found.notes)
+    ratio = found.rows[-1].ratio
+    assert ratio is not None
+    assert 0.99 < ratio.value < 1.01
+    assert found.model.fingerprint == load_scales(tmp_path / "cured").model.fingerprint

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`restore_cures`: the cured model again, from its parent checkpoint and what was recorded of the cures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calib.cures.record import load_smoothing, smoothing_record
+from calib.cures.rotate import OnlineRotation
+from calib.errors import ArtifactError
+from calib.models import OpenedModel
+from calib.schema.scales import CureRecord, ScaleFile
+
+__all__ = ["SMOOTHING_FILE", "restore_cures"]
+
+SMOOTHING_FILE = "smoothing.safetensors"
+
+
+def restore_cures(opened: OpenedModel, scales: ScaleFile, folder: Path) -> OpenedModel:
+    """Applies the cures of a scale file to the float model in place: smoothing and rotations; a prefix changes nothing.
+
+    The result computes the same function in float. A rotation is computed by hooks that stay on the model.
+
+    Args:
+        opened: the checkpoint that the cures were found for.
+        scales: of the cured model; its provenance names this checkpoint as parent.
+        folder: that holds `smoothing.safetensors` if there is smoothing.
+
+    Returns:
+        The model with the provenance of the cured one, that of the scale file; itself if the scales are its own.
+
+    Raises:
+        ArtifactError: the scales are of another model, or a file is missing or not the one that was recorded.
+        ModelError, UsageError: a cure does not fit the model.
+    """
+    if scales.model.fingerprint == opened.provenance.fingerprint:
+        return opened
+    cured = opened.cured([record.model_dump_json() for record in scales.cures])
+    if cured.provenance.fingerprint != scales.model.fingerprint:
+        raise ArtifactError(
+            f"{opened.provenance.name}: the scales are of another model, {scales.model.name}; "
+            "pass the checkpoint that was measured or cured"
+        )
+    for record in scales.cures:
+        if record.kind == "smooth":
+            smoothing = load_smoothing(folder / SMOOTHING_FILE)
+            if smoothing_record(smoothing).settings["scales_sha256"] != record.settings.get("scales_sha256"):
+                raise ArtifactError(f"{folder / SMOOTHING_FILE}: is not the smoothing of these scales; quantize again")
+            smoothing.apply(opened.model)
+        elif record.kind == "rotate":
+            _rotation(record).apply(opened.model)
+    return cured
+
+
+def _rotation(record: CureRecord) -> OnlineRotation:
+    settings = record.settings
+    modules, block, seed = settings.get("modules"), settings.get("largest_block"), settings.get("signs_seed")
+    if settings.get("where") != "input" or not isinstance(modules, list) or not isinstance(block, int):
+        raise ArtifactError("cure rotate: its record is of no rotation of inputs; quantize again")
+    return OnlineRotation(tuple(str(name) for name in modules), block, seed if isinstance(seed, int) else None)
