@@ -3,13 +3,15 @@
 
 0.6.1 and 1.0.0 count codes from 0 whether the grid is symmetric or not: `offset` is minus the code of 0 on 0..255, so
 -128 for a symmetric one. 2.0.0 has ONNX's meaning: `y_zero_point` in the type of the codes. Only linear inputs and
-weights are listed; a name that the graph lacks is refused by AIMET, a tensor without an encoding stays in float.
+weights are listed; a name that the graph lacks is refused by AIMET, a tensor without an encoding stays in float. AIMET
+rounds a tensor for all of its readers: where a linear layer reads the residual stream, so does the addition.
 Source: aimet-onnx 2.42, `aimet_onnx/common/quantsim.py` and `quantsim.py` (`load_encodings_to_sim`).
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ __all__ = ["FILE", "Encoding", "encodings", "export_aimet"]
 FILE = "model.encodings"
 GRAPH = "model.onnx"
 _LEVELS = 255
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,16 @@ def export_aimet(request: ExportRequest) -> ExportSummary:
     aliases: dict[str, str] = {}
     from onnx import numpy_helper
 
+    sources = _Sources(found.model.graph)
     for product in found.products:
         wanted = linears.ranges.get(product.module)
         if wanted is None:
             continue
-        inputs.setdefault(product.source, []).append(wanted)
+        source = sources.of(product.source)
+        inputs.setdefault(source, []).append(wanted)
         scale = weight_grid(numpy_helper.to_array(weights[product.weight]), wanted)
         made[product.weight] = Encoding(product.weight, True, [float(s) for s in scale], 0, True)
-        aliases[f"{product.module}:input"] = product.source
+        aliases[f"{product.module}:input"] = source
         aliases[f"{product.module}:weight"] = product.weight
     # a tensor that several layers read has one encoding: the widest of their ranges
     for name, readers in inputs.items():
@@ -101,6 +106,22 @@ def export_aimet(request: ExportRequest) -> ExportSummary:
     (request.folder / FILE).write_text(text + "\n", encoding="utf-8")
     quantized = [name for name in linears.ranges if name not in in_float]
     return ExportSummary(quantized, in_float, [], list(linears.notes), {"onnx": aliases})
+
+
+class _Sources:
+    """Where a tensor is computed, before it is only reshaped: AIMET puts its quantizers there, and 2.0.0 needs them."""
+
+    def __init__(self, graph: Any) -> None:
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.readers = Counter(name for node in graph.node for name in node.input)
+
+    def of(self, name: str) -> str:
+        """The name of the tensor, as long as nothing else reads it on the way."""
+        maker = self.makers.get(name)
+        while maker is not None and maker.op_type in _MOVES and self.readers[maker.input[0]] == 1:
+            name = str(maker.input[0])
+            maker = self.makers.get(name)
+        return name
 
 
 def encodings(made: list[Encoding], version: str) -> dict[str, Any]:
