@@ -267,7 +267,7 @@ class _Search:
             with (
                 torch.no_grad(),
                 without_head(self.model),
-                collect_hessians(self.model, linear, skip_positions=len(base.prefix_ids)) as hessians,
+                collect_hessians(self.model, linear) as hessians,  # the prefix too: its tokens pass rounded weights
             ):
                 for batch in rows.batches(self.options.batch_size):
                     self.model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(_device(self.model)))
