@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import mean
+
 import pytest
 import torch
 from torch import nn
@@ -25,14 +28,21 @@ class OwnPadding(nn.Conv2d):
         )
 
 
-CONVOLUTIONS = {
-    "plain": nn.Conv2d(6, 8, 3, padding=1),
-    "pointwise": nn.Conv2d(6, 8, 1),
-    "depthwise": nn.Conv2d(6, 6, 3, groups=6, stride=2),
-    "grouped": nn.Conv2d(6, 8, (1, 3), groups=2, dilation=2, bias=False),
-    "mirrored": nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
-    "own": OwnPadding(6, 8, 3),
+CONVOLUTIONS: dict[str, Callable[[], nn.Conv2d]] = {
+    "plain": lambda: nn.Conv2d(6, 8, 3, padding=1),
+    "pointwise": lambda: nn.Conv2d(6, 8, 1),
+    "depthwise": lambda: nn.Conv2d(6, 6, 3, groups=6, stride=2),
+    "grouped": lambda: nn.Conv2d(6, 8, (1, 3), groups=2, dilation=2, bias=False),
+    "mirrored": lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
+    "own": lambda: OwnPadding(6, 8, 3),
 }
+DRAWS = 20
+
+
+def convolution(kind: str, seed: int = 0) -> nn.Conv2d:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CONVOLUTIONS[kind]()
 
 
 def images() -> torch.Tensor:
@@ -43,7 +53,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", list(CONVOLUTIONS))
 def test_a_hessian_gives_the_output_error_of_any_change_of_the_weight(kind: str) -> None:
-    layer, x = CONVOLUTIONS[kind], images()
+    layer, x = convolution(kind), images()
     with collect_patch_hessians(layer, [""]) as hessians:
         layer(x[:2])
         layer(x[2:])
@@ -58,26 +68,30 @@ def test_a_hessian_gives_the_output_error_of_any_change_of_the_weight(kind: str)
     assert expected.item() == pytest.approx(error.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
-def test_compensated_weights_have_a_smaller_output_error(kind: str) -> None:
-    layer, x = CONVOLUTIONS[kind], images()
-    model = nn.Sequential(layer)
+def output_errors(layer: nn.Conv2d) -> tuple[float, float]:
+    """Squared error of the output with 4-bit weights, compensated and rounded to the nearest."""
+    model, x = nn.Sequential(layer), images()
     plan = QuantizationPlan(weights={"0": FOUR_BITS})
     with collect_patch_hessians(model, ["0"]) as hessians:
         model(x)
-    better = compensated_convolutions(plan, model, hessians)
-
-    def error(plan: QuantizationPlan) -> float:
+    errors = []
+    for one in (compensated_convolutions(plan, model, hessians), plan):
         with torch.no_grad():
             exact = model(x)
-            with QuantizedModel(model, plan):
-                return (model(x) - exact).square().sum().item()
+            with QuantizedModel(model, one):
+                errors.append((model(x) - exact).square().sum().item())
+    return errors[0], errors[1]
 
-    assert error(better) < error(plan)
+
+@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
+def test_compensation_lowers_the_output_error_on_average(kind: str) -> None:
+    """On average over layers only: columns are rounded greedily, a layer of few inputs can come out worse."""
+    pairs = [output_errors(convolution(kind, seed)) for seed in range(DRAWS)]
+    assert mean(compensated / nearest for compensated, nearest in pairs) < 0.8
 
 
 def test_one_group_is_gptq_of_the_weight_as_a_matrix() -> None:
-    layer = CONVOLUTIONS["plain"]
+    layer = convolution("plain")
     with collect_patch_hessians(layer, [""]) as hessians:
         layer(images())
     for scheme in (FOUR_BITS, WeightScheme(IntegerGrid.of(4, symmetric=False), "per-tensor")):
@@ -90,7 +104,7 @@ def test_one_group_is_gptq_of_the_weight_as_a_matrix() -> None:
 
 
 def test_groups_share_a_scale_of_the_whole_weight() -> None:
-    layer = CONVOLUTIONS["depthwise"]
+    layer = convolution("depthwise")
     with collect_patch_hessians(layer, [""]) as hessians:
         layer(images())
     scheme = WeightScheme(IntegerGrid.of(8), "per-tensor")
@@ -112,6 +126,6 @@ def test_what_is_no_convolution_and_what_was_not_reached_are_refused() -> None:
         same(torch.ones(1, 2, 4, 4))
     with pytest.raises(GateError, match="no convolution was reached"):
         compensated_convolutions(QuantizationPlan(), same, {})
-    layer = CONVOLUTIONS["plain"]
+    layer = convolution("plain")
     with pytest.raises(UsageError, match="no scheme"):
         compensated_convolutions(QuantizationPlan(), layer, {"": torch.eye(54)[None]})
