@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# How the fast and the slow tests share the cores; empty for one after the other.
+PARALLEL ?= -n auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -46,10 +48,10 @@ demo: $(INSTALLED)
 	$(BIN)/calib quantize demo/measurement --bits 8 -o demo/int8
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "$(FAST)" --cov=calib --cov-fail-under=90 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(FAST)" --cov=calib --cov-fail-under=90 $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not gpu and not consumer and not browser and not vllm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not consumer and not browser and not vllm" $(PARALLEL) $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device: nothing to test")'

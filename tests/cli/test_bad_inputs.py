@@ -256,7 +256,7 @@ def test_a_full_disk_while_quantizing(
 def test_a_full_disk_while_writing_a_checkpoint(
     tiny_llama: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, fail: Any
 ) -> None:
-    monkeypatch.setattr("calib.export.compressed_tensors.save_file", fail)
+    monkeypatch.setattr("calib.export.checkpoint.save_file", fail)
     line = refused(capsys, 1, "quantize", tiny_llama, "-o", tmp_path / "out", *SMALL, "-q")
     assert "space" in line
 

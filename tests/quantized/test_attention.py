@@ -83,7 +83,7 @@ def test_scales_per_head_and_per_channel_follow_the_layout() -> None:
 def test_attention_computed_inline_is_named() -> None:
     from transformers import FalconConfig, FalconForCausalLM
 
-    for layers, name in ((2, "transformer.h.1:key"), (1, "kv_cache")):  # one block alone is not known as a stack
+    for layers, name in ((2, "transformer.h.1.self_attention:key"), (1, "transformer.h.0.self_attention:value")):
         config = FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2)
         plan = plan_from_scales(FalconForCausalLM(config), inputs="dynamic-per-token", kv_cache="dynamic-per-token")
         assert not plan.attention
