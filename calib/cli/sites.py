@@ -35,7 +35,9 @@ def command(model: str, samples: int, max_length: int, **given: Any) -> None:
     from calib.report.terminal import print_sites
 
     found = opened(model, given)
-    device = next(found.model.parameters()).device
+    from calib.models.device import input_device
+
+    device = input_device(found.model)
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     inputs = {"input_ids": ids, **({"use_cache": False} if takes_cache(found.model) else {})}
     skipping = without_head(found.model) if can_skip_head(found.model, device) else nullcontext()

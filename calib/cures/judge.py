@@ -20,6 +20,7 @@ from torch import nn
 from calib.corpus import TokenBlocks
 from calib.errors import GateError, UsageError
 from calib.evaluation.interval import Interval, mean_interval, perplexity_ratio
+from calib.models.device import input_device
 
 __all__ = ["Judge", "Score"]
 
@@ -139,7 +140,7 @@ class Judge:
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
         model = self._model
         with torch.no_grad():
-            output: Any = model(input_ids=ids.to(next(model.parameters()).device))
+            output: Any = model(input_ids=ids.to(input_device(model)))
         found = getattr(output, "logits", None)
         if found is None:
             found = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else None)

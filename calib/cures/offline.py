@@ -24,9 +24,10 @@ from calib.cures.pairs import Pairs
 from calib.cures.residual import Reader, ResidualStream, find_residual
 from calib.cures.rotate import Rotated
 from calib.cures.rotation import Rotation
-from calib.cures.scope import evaluating, example_inputs, tensors_in
+from calib.cures.scope import example_inputs, tensors_in
 from calib.cures.value_heads import ValueHeads, find_value_heads
 from calib.errors import ModelError, UsageError
+from calib.models.evaluating import evaluating
 from calib.schema.scales import CureRecord
 
 __all__ = ["OfflineRotation"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from calib.errors import ModelError
+from calib.models.device import input_device
+from calib.models.evaluating import evaluating
 from calib.sites.structure import Structure
 
 __all__ = ["Scope", "capture_scopes", "example_inputs", "map_tensors", "tensors_in"]
@@ -109,25 +111,13 @@ def example_inputs(model: nn.Module, tokens: torch.Tensor | None) -> dict[str, t
         vocabulary = int(config.get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = input_device(model)
     inputs: dict[str, Any] = {"input_ids": tokens.to(device)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     if hasattr(config, "use_cache"):
         inputs["use_cache"] = False  # a cache would make a second call of a block another one
     return inputs
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

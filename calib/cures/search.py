@@ -32,6 +32,7 @@ from calib.measurement.artifact import Measurement
 from calib.measurement.engine import MeasureOptions, measure
 from calib.measurement.head import can_skip_head, without_head
 from calib.models import OpenedModel
+from calib.models.device import input_device
 from calib.quantized import QuantizationPlan
 from calib.quantized.hessian import collect_hessians, compensated
 from calib.scales import choose_scales
@@ -260,7 +261,7 @@ class _Search:
         rows = self.blocks.select(range(min(2 * _SEARCH_ROWS, len(self.blocks)))).with_prefix(base.prefix_ids)
         plan = base.planned(self.model)
         linear = [name for name in plan.weights if _is_linear(self.model.get_submodule(name))]
-        if not linear or not can_skip_head(self.model, _device(self.model)):
+        if not linear or not can_skip_head(self.model, input_device(self.model)):
             self.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
             return []
         with base.apply(self.model):
@@ -270,7 +271,7 @@ class _Search:
                 collect_hessians(self.model, linear) as hessians,  # the prefix too: its tokens pass rounded weights
             ):
                 for batch in rows.batches(self.options.batch_size):
-                    self.model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(_device(self.model)))
+                    self.model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(input_device(self.model)))
             plan = compensated(plan, self.model, hessians, order="activation")
         return [self._try(replace(base, name=f"{base.name} + compensate", plan=plan, compensated=True))]
 
@@ -343,10 +344,6 @@ def _role(pair: Pair) -> str:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _loudest(ranges: Measurement, plan: QuantizationPlan, *, include_sink: bool) -> list[str]:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import nn
 from calib.distill.information import ClassInformation
 from calib.distill.task import ClassificationTask, Task
 from calib.errors import UsageError
+from calib.models.evaluating import evaluating
 
-__all__ = ["evaluating", "measure_information"]
+__all__ = ["measure_information"]
 
 
 def measure_information(
@@ -67,15 +67,3 @@ def measure_information(
     for information in found:
         information.all_reduce()
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, each module's own mode again after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.distill.cmi import evaluating
 from calib.distill.task import Task
 from calib.errors import UsageError
+from calib.models.evaluating import evaluating
 
 __all__ = ["FeaturePoints", "View", "find_features", "look"]
 

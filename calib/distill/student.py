@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.distill.cmi import evaluating
 from calib.distill.features import FeaturePoints, find_features, look
 from calib.distill.frameworks import FRAMEWORKS, Framework, make_framework
 from calib.distill.optimiser import OptimiserSettings, make_optimiser
 from calib.distill.task import ClassificationTask, Task
 from calib.errors import UsageError
+from calib.models.evaluating import evaluating
 
 __all__ = ["StudentRun", "StudentSettings", "train_student"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.errors import UsageError
+from calib.models.device import input_device
 
 __all__ = ["IGNORED", "CausalLanguageTask", "ClassificationTask", "Decisions", "Task", "TokenTask", "split_batch"]
 
@@ -48,7 +49,7 @@ class ClassificationTask:
 
     def decide(self, model: nn.Module, batch: Any) -> Decisions:
         """Logits `[n, C]` and labels `[n]`."""
-        inputs, labels, index = split_batch(batch, _device(model))
+        inputs, labels, index = split_batch(batch, input_device(model))
         logits = _logits(model, inputs)
         if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
             raise UsageError(
@@ -66,7 +67,7 @@ class CausalLanguageTask:
 
     def decide(self, model: nn.Module, batch: Any) -> Decisions:
         """Logits `[positions, V]` and next tokens `[positions]`; positions labelled -100 or padded are left out."""
-        inputs, labels, _ = split_batch(batch, _device(model), labels_default="input_ids")
+        inputs, labels, _ = split_batch(batch, input_device(model), labels_default="input_ids")
         if isinstance(inputs, Mapping) and "attention_mask" in inputs:
             labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORED)
         logits = _logits(model, inputs)
@@ -81,7 +82,7 @@ class TokenTask:
 
     def decide(self, model: nn.Module, batch: Any) -> Decisions:
         """Logits `[labelled positions, C]` and their labels."""
-        inputs, labels, _ = split_batch(batch, _device(model))
+        inputs, labels, _ = split_batch(batch, input_device(model))
         return _kept(_logits(model, inputs), labels)
 
 
@@ -127,8 +128,3 @@ def _kept(logits: Tensor, labels: Tensor) -> Decisions:
         )
     mask = labels != IGNORED
     return Decisions(logits[mask], labels[mask])
-
-
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

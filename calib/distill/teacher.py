@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.distill.centroids import MovingCentroids
-from calib.distill.cmi import evaluating, measure_information
+from calib.distill.cmi import measure_information
 from calib.distill.grouping import RowGrouping
 from calib.distill.guard import CollapseGuard, GuardLimits
 from calib.distill.information import ClassInformation, InformationSummary
@@ -21,6 +21,8 @@ from calib.distill.mcmi import check_strength, mcmi_loss
 from calib.distill.optimiser import OptimiserSettings, make_optimiser
 from calib.distill.task import ClassificationTask, Task
 from calib.errors import UsageError
+from calib.models.device import input_device
+from calib.models.evaluating import evaluating
 
 __all__ = ["McmiResult", "TeacherRun", "TeacherSettings", "fine_tune", "fine_tune_with_control"]
 
@@ -166,7 +168,7 @@ class _Tuning:
         self.balanced = None if balanced is None or settings.refresh != "ema" else _endless(balanced)
         self.steps = 0
         self.grouping = grouping
-        self.row_of_label = None if grouping is None else grouping.row_of_label.to(_device(model))
+        self.row_of_label = None if grouping is None else grouping.row_of_label.to(input_device(model))
 
     def run(self, validation: Iterable[Any] | None, progress: Progress) -> TeacherRun:
         settings, model = self.settings, self.model
@@ -232,7 +234,7 @@ class _Tuning:
         return None
 
     def _refresh(self, information: ClassInformation) -> None:
-        self.centroids.set(information, _device(self.model), self.grouping)
+        self.centroids.set(information, input_device(self.model), self.grouping)
 
     def _pass(self) -> ClassInformation:
         return self._measured(self.train)
@@ -252,7 +254,3 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -15,6 +15,7 @@ from calib.distill.guard import CollapseGuard, GuardLimits
 from calib.distill.information import InformationSummary
 from calib.distill.mcmi import check_strength, mcmi_loss
 from calib.distill.task import ClassificationTask, Task
+from calib.models.device import input_device
 
 __all__ = ["CentroidRefresh", "McmiTrainer"]
 
@@ -95,7 +96,7 @@ class CentroidRefresh(TrainerCallback):
         information = measure_information(model, loader, task=self.trainer.task)[0]
         summary = information.summary()
         self.history.append(summary)
-        self.trainer.centroids.set(information, next(model.parameters()).device)
+        self.trainer.centroids.set(information, input_device(model))
         if self.guard is None:
             self.guard = CollapseGuard(summary, self.limits)
             return None

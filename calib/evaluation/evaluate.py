@@ -22,6 +22,7 @@ from calib.evaluation.layers import layer_errors
 from calib.evaluation.outputs import compare_outputs
 from calib.evaluation.prefix import prefix_of, require_in_vocabulary
 from calib.models import OpenedModel
+from calib.models.device import input_device
 from calib.quantized import QuantizationPlan, QuantizedModel, QuantizedWeight, plan_from_scales
 from calib.quantized.grid import Convention
 from calib.schema.evaluation import EvaluationFile, EvaluationRow, IntervalRecord, LayerTable
@@ -212,7 +213,7 @@ class _Run:
         """Arguments of forward passes, the prefix in front."""
         ids = self.ids[:blocks]
         front = np.broadcast_to(np.asarray(self.prefix, np.int64), (len(ids), len(self.prefix)))
-        rows = torch.from_numpy(np.concatenate([front, ids], 1)).to(next(self.model.parameters()).device)
+        rows = torch.from_numpy(np.concatenate([front, ids], 1)).to(input_device(self.model))
         for start in range(0, len(rows), size):
             yield {"input_ids": rows[start : start + size]} | ({"use_cache": False} if self.language else {})
 

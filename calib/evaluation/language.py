@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from calib.errors import GateError, UsageError
+from calib.models.device import input_device
 
 __all__ = ["TokenScores", "compare_many", "compare_tokens", "score_tokens"]
 
@@ -62,7 +63,7 @@ def score_tokens(
         GateError: a logit was NaN.
     """
     nll = []
-    for ids in _batches(blocks, prefix, batch_size, _device(model)):
+    for ids in _batches(blocks, prefix, batch_size, input_device(model)):
         nll += [_nll(row, targets) for row, targets in _rows(model, ids, len(prefix))]
         if progress is not None:
             progress(len(nll), len(blocks))
@@ -139,7 +140,7 @@ def compare_many(
     """
     plain: list[NDArray[np.float64]] = []
     rows: dict[str, list[_Row]] = {name: [] for name in variants}
-    for ids in _batches(blocks, prefix, batch_size, _device(model)):
+    for ids in _batches(blocks, prefix, batch_size, input_device(model)):
         with float_context():
             expected = [(torch.log_softmax(row, -1), targets) for row, targets in _rows(model, ids, len(prefix))]
         plain += [_picked(reference, targets) for reference, targets in expected]
@@ -203,7 +204,3 @@ def _finite(nll: torch.Tensor) -> NDArray[np.float64]:
     if not np.isfinite(values).all():
         raise GateError("evaluation: the model gives NaN or infinite logits; check scales and dtype")
     return values
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

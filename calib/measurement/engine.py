@@ -21,9 +21,11 @@ from calib.errors import ArtifactError, GateError, UsageError
 from calib.measurement.artifact import Measurement, plan_gate
 from calib.measurement.calibration import Calibration
 from calib.measurement.failure import explained
-from calib.measurement.head import can_skip_head, evaluating, takes_cache, without_head
+from calib.measurement.head import can_skip_head, takes_cache, without_head
 from calib.measurement.weights import measure_weights
 from calib.models import OpenedModel, check_token_ids
+from calib.models.device import input_device
+from calib.models.evaluating import evaluating
 from calib.schema.provenance import RunProvenance
 
 __all__ = ["MeasureOptions", "measure", "resume"]
@@ -100,7 +102,7 @@ def measure(
         GateError: nothing was measured.
     """
     options = options or MeasureOptions()
-    model, device = opened.model, _device(opened)
+    model, device = opened.model, input_device(opened.model)
     check_token_ids(torch.from_numpy(blocks.input_ids), model)
     batch_size = options.batch_size or _auto_batch_size(blocks, device)
     plan = blocks.batches(batch_size)
@@ -252,17 +254,6 @@ def _check_generation(opened: OpenedModel, blocks: TokenBlocks, generate: int) -
         raise UsageError(f"--generate: {type(opened.model).__name__} does not generate; leave the option out")
     if generate and len(set(blocks.lengths.tolist())) > 1:
         raise UsageError("--generate: needs blocks of equal length; pass --layout blocks")
-
-
-def _device(opened: OpenedModel) -> torch.device:
-    """Where inputs go: the device of the input embedding, or of the first parameter."""
-    getter = getattr(opened.model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if getter is not None else None
-    except (NotImplementedError, AttributeError):
-        embedding = None
-    weight = getattr(embedding, "weight", None)
-    return weight.device if isinstance(weight, torch.Tensor) else next(opened.model.parameters()).device
 
 
 def _auto_batch_size(blocks: TokenBlocks, device: torch.device) -> int:

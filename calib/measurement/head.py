@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["can_skip_head", "evaluating", "head_of", "takes_cache", "without_head"]
+__all__ = ["can_skip_head", "head_of", "takes_cache", "without_head"]
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
@@ -38,18 +38,6 @@ def without_head(model: nn.Module) -> Iterator[None]:
             del head.__dict__["forward"]
         else:
             head.forward = held  # type: ignore[method-assign]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block no module drops values or updates its averages; afterwards each is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _empty_logits(hidden: torch.Tensor) -> torch.Tensor:

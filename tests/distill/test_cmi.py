@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from calib.distill.cmi import evaluating, measure_information
+from calib.distill.cmi import measure_information
 from calib.distill.information import ClassInformation
 from calib.errors import UsageError
 
@@ -19,6 +18,7 @@ RANK = """
 import json, sys, torch
 from pathlib import Path
 from calib.distill.cmi import measure_information
+from calib.models.evaluating import evaluating
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -47,16 +47,6 @@ def test_at_high_temperature_all_outputs_are_alike_and_cmi_vanishes(mixture: Any
     plain, hot = (information.summary().cmi for information in found)
     assert plain > 0.1
     assert hot < 1e-5
-
-
-def test_modes_come_back_also_after_an_error() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout().eval()))
-    model.train()
-    model[1][0].eval()
-    with pytest.raises(RuntimeError), evaluating(model):  # noqa: PT012 - the block is what is tested
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError
-    assert [module.training for module in model.modules()] == [True, True, True, False]
 
 
 def test_an_empty_loader_is_refused(mixture: Any) -> None:

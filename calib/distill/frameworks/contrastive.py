@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calib.distill.features import View
 from calib.distill.frameworks.framework import Framework, Weights, framework
-from calib.distill.frameworks.library import torchdistill_losses
+from calib.distill.frameworks.torchdistill_losses import torchdistill_losses
 from calib.errors import UsageError
 
 __all__ = ["Contrastive"]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.distill.cmi import evaluating
 from calib.distill.features import FeaturePoints, find_features, look
 from calib.distill.task import Task
 from calib.errors import UsageError
+from calib.models.evaluating import evaluating
 
 __all__ = ["CamComparison", "compare_cams", "covered_area", "eigen_cam", "save_cams"]
 

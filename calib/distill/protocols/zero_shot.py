@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib.distill.cmi import evaluating
 from calib.distill.data import Records
 from calib.distill.task import ClassificationTask, Task
 from calib.errors import UsageError
+from calib.models.evaluating import evaluating
 
 __all__ = ["ZeroShotResult", "confusion_matrix", "without_classes", "zero_shot_result"]
 
