@@ -81,7 +81,10 @@ def _split(corpus: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
 
 
 def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
-    """Everything at once; returns how many layers the checkpoint has in INT8, None if there is none."""
+    """Everything at once; returns how many layers the checkpoint has in INT8, None if there is none.
+
+    There is none where a consumer would have to compute something that no checkpoint says: it would load, and be wrong.
+    """
     from calib.export import write_checkpoint
     from calib.quantized import QuantizedWeight
     from calib.scales import save_scales
@@ -89,7 +92,7 @@ def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
     with output_folder(output, overwrite=given["overwrite"]) as work:
         save_scales(cured.scales, work)
         _save_cures(cured, work)
-        if cured.scales.bits != 8:
+        if cured.scales.bits != 8 or any(cure.needs == "online-op" for cure in cured.scales.cures):
             return None
         rounded = {n: w for n, w in cured.plan.weights.items() if isinstance(w, QuantizedWeight)}
         return len(write_checkpoint(cured.opened, cured.scales, work, rounded).quantized)
@@ -106,6 +109,8 @@ def _print(cured: Cured, output: Path, layers: int | None, given: dict[str, Any]
         click.echo(f"wrote {output / 'scales.json'}")
         if layers is not None:
             click.echo(f"wrote a compressed-tensors checkpoint: {layers} layers in INT8")
+        else:
+            click.echo("no checkpoint: it takes 8 bits, and no operation that a consumer would have to know of")
 
 
 def _options(given: dict[str, Any]) -> CureOptions:
@@ -114,9 +119,17 @@ def _options(given: dict[str, Any]) -> CureOptions:
     names = [name.strip() for name in given["cure"].split(",") if name.strip()]
     if "none" in names and len(names) > 1:
         raise UsageError(f"--cure {given['cure']}: none goes alone")
-    for name, needed in (("method", "absmax"), ("granularity", "per-tensor"), ("weight_granularity", "per-row")):
+    for name, needed in (
+        ("method", "absmax"),
+        ("granularity", "per-tensor"),
+        ("weight_granularity", "per-row"),
+        ("statistics", "full"),
+        ("shard", "0/1"),
+    ):
         if not str(given[name]).startswith(needed):
-            raise UsageError(f"--{name.replace('_', '-')} {given[name]}: cures are searched with {needed} scales")
+            raise UsageError(
+                f"--{name.replace('_', '-')} {given[name]}: cures are searched with {needed}; leave the option out"
+            )
     if given["layout"] != "blocks":
         raise UsageError("--layout documents: cures compare models on blocks of equal length; leave the option out")
     if given["site_patterns"] or given["ignore"]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from calib.cures.pairs import Pair
 from calib.cures.prefix import Prefix
 from calib.cures.record import smoothing_record
 from calib.cures.rotate import OnlineRotation
@@ -21,7 +23,7 @@ from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
 from calib.schema.scales import CureRecord
 
-__all__ = ["CONVENTION", "KEPT", "Candidate"]
+__all__ = ["CONVENTION", "KEPT", "Candidate", "role_of"]
 
 CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
 """The grids of the checkpoint that is written: what is judged is what will run."""
@@ -33,7 +35,6 @@ class Candidate:
     """Cures, in the order in which they act; nothing is applied yet.
 
     Attributes:
-        name: for people.
         bits: of activations and weights.
         symmetric: grid of activations.
         measurement: of the uncured model behind the prefix: what smoothing is computed from.
@@ -46,7 +47,6 @@ class Candidate:
         compensated: whether the weights of `plan` are rounded with error compensation.
     """
 
-    name: str
     bits: int
     symmetric: bool
     measurement: Measurement
@@ -57,6 +57,26 @@ class Candidate:
     plan: QuantizationPlan | None = None
     kept: tuple[str, ...] = ()
     compensated: bool = False
+
+    @property
+    def name(self) -> str:
+        """The cures, for people."""
+        parts = []
+        if self.prefix is not None:
+            parts.append(f"prefix {self.prefix.text!r}")
+        if self.smoothing is not None:
+            alphas = dict(zip(map(role_of, self.smoothing.pairs), self.smoothing.alphas, strict=True))
+            each = [f"{role} {alpha:g}" for role, alpha in alphas.items()]
+            parts.append(
+                "smooth " + (f"{self.smoothing.alphas[0]:g}" if len(set(alphas.values())) == 1 else ", ".join(each))
+            )
+        if self.rotation is not None:
+            parts.append("rotate")
+        if self.compensated:
+            parts.append("compensate")
+        if self.kept:
+            parts.append(f"keep {', '.join(self.kept)}")
+        return " + ".join(parts) or "none"
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -94,7 +114,7 @@ class Candidate:
 
     def records(self) -> list[CureRecord]:
         """Entries of `cures` in scales.json."""
-        found = [cure.record() for cure in (self.prefix,) if cure is not None]
+        found = [] if self.prefix is None else [self.prefix.record()]
         if self.smoothing is not None:
             found.append(smoothing_record(self.smoothing))
         if self.rotation is not None:
@@ -106,3 +126,8 @@ class Candidate:
             summary = f"{len(self.kept)} layers left in float, by their measured effect on the output"
             found.append(CureRecord(kind="keep", summary=summary, settings={"modules": list(self.kept)}))
         return found
+
+
+def role_of(pair: Pair) -> str:
+    """What a pair does in its block: the name of its first consumer, without that of the block."""
+    return re.sub(r"(?:^|.*\.)\d+\.", "", pair.consumers[0].module)

@@ -11,6 +11,7 @@ from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
 from calib.models import OpenedModel
 from calib.quantized import QuantizationPlan
+from calib.scales import Grid
 from calib.schema.scales import ScaleFile
 
 __all__ = ["CURES", "CureOptions", "Cured", "Row"]
@@ -35,7 +36,6 @@ class CureOptions:
         symmetric: grid of activations.
         keep: most layers left in float.
         batch_size: blocks of a forward pass.
-        seed: unused by the deterministic search; recorded.
     """
 
     cures: tuple[str, ...] = ("smooth", "prefix", "compensate")
@@ -44,12 +44,14 @@ class CureOptions:
     symmetric: bool = True
     keep: int = 0
     batch_size: int = 4
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in self.cures:
             if name not in CURES:
                 raise UsageError(f"--cure {name}: unknown; choose auto, none, or of {', '.join(CURES)}")
+        if self.keep < 0:
+            raise UsageError(f"--keep {self.keep}: no number of layers; pass 0 or more")
+        Grid(self.bits, self.symmetric)  # refuses bits that no grid has
         if self.target < 1:
             raise UsageError(f"--target {self.target}: a ratio to the float model, 1 or more; 1.01 is 1 % worse")
 
@@ -85,8 +87,8 @@ class Cured:
         scales: of the cured model.
         measurement: of the cured model, behind its prefix.
         plan: of the quantized model, as an export has it.
-        candidate: the cures.
-        rows: the ablation, in the order of the search.
+        rows: the ablation in the order of the search; the last is the model as it is written, its ranges taken from all
+            blocks.
         reason: what was chosen, and whether it meets the target.
         skipped: cures that do not apply -> the reason.
     """
@@ -95,7 +97,11 @@ class Cured:
     scales: ScaleFile
     measurement: Measurement
     plan: QuantizationPlan
-    candidate: Candidate
     rows: list[Row]
     reason: str
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def candidate(self) -> Candidate:
+        """The cures that were chosen."""
+        return self.rows[-1].candidate

@@ -9,19 +9,18 @@ another part, which no decision has seen.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from calib.corpus import TokenBlocks
-from calib.cures.candidate import KEPT, Candidate
+from calib.cures.candidate import KEPT, Candidate, role_of
 from calib.cures.find import find_pairs
 from calib.cures.judge import Judge, Score
-from calib.cures.pairs import Pair, Pairs
+from calib.cures.linear import is_linear
+from calib.cures.pairs import Pairs
 from calib.cures.prefix import Prefix, find_prefixes
 from calib.cures.ranges import smoothed_ranges
 from calib.cures.result import Cured, CureOptions, Row
@@ -33,7 +32,7 @@ from calib.measurement.engine import MeasureOptions, measure
 from calib.measurement.head import can_skip_head, without_head
 from calib.models import OpenedModel
 from calib.models.device import input_device
-from calib.quantized import QuantizationPlan
+from calib.quantized import QuantizationPlan, QuantizedModel
 from calib.quantized.hessian import collect_hessians, compensated
 from calib.scales import choose_scales
 from calib.statistics.observation import REST
@@ -109,7 +108,7 @@ class _Search:
 
     def run(self) -> Cured:
         """Climbs the ladder until the target is met."""
-        plain = Candidate("none", self.options.bits, self.options.symmetric, self.measurement, self.measurement)
+        plain = Candidate(self.options.bits, self.options.symmetric, self.measurement, self.measurement)
         state = self._try(plain)
         self._note(state)
         rungs: dict[str, Callable[[_State], list[_State]]] = {
@@ -139,12 +138,12 @@ class _Search:
             self.judges[key] = Judge(self.model, self.held_out[part], prefix=ids, batch_size=self.options.batch_size)
         return self.judges[key]
 
-    def _try(self, candidate: Candidate, part: str = "search") -> _State:
-        judge = self._judge(part, candidate.prefix_ids)
+    def _try(self, candidate: Candidate) -> _State:
+        judge = self._judge("search", candidate.prefix_ids)
         with candidate.quantized(self.model):
             score = judge.judge()
         ratio = score.ratio(judge.reference_nll)
-        self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
+        self.say(f"search {candidate.name}: divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
         return _State(candidate, score, score.worth(judge.reference_nll))
 
     def _met(self, state: _State) -> bool:
@@ -154,28 +153,32 @@ class _Search:
 
     def _note(self, state: _State) -> None:
         """A line of the table, from blocks that the search has not seen."""
-        score = self._try(state.candidate, "verify").score
-        ratio = score.ratio(self._judge("verify", state.candidate.prefix_ids).reference_nll)
+        judge = self._judge("verify", state.candidate.prefix_ids)
+        with state.candidate.quantized(self.model):
+            self._row(state.candidate, judge)
+
+    def _row(self, candidate: Candidate, judge: Judge) -> None:
+        score = judge.judge()
+        ratio = score.ratio(judge.reference_nll)
+        self.say(f"verify {candidate.name}: divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
         now = time.perf_counter()
-        self.rows.append(Row(state.candidate, score.interval(), ratio, round(now - self.begin, 1)))
+        self.rows.append(Row(candidate, score.interval(), ratio, round(now - self.begin, 1)))
         self.begin = now
 
     def _smooth(self, state: _State, alphas: Sequence[float] = ALPHAS) -> list[_State]:
         """The best single alpha."""
-        if not self.pairs.pairs:
+        if not len(self.pairs):
             self.pairs = find_pairs(self.model)
             self.skipped |= {f"smooth {name}": reason for name, reason in self.pairs.skipped.items()}
         if not len(self.pairs):
             return []
-        states = [self._try(self._smoothed(state.candidate, alpha, f"smooth {alpha:g}")) for alpha in alphas]
+        states = [self._try(self._smoothed(state.candidate, alpha)) for alpha in alphas]
         return [min(states, key=lambda one: one.worth)]
 
-    def _smoothed(self, base: Candidate, alpha: float | Mapping[str, float], label: str) -> Candidate:
+    def _smoothed(self, base: Candidate, alpha: float | Mapping[str, float]) -> Candidate:
         sweep = SmoothingSweep(self.pairs, base.measurement, include_sink=base.prefix is None)
         smoothing = sweep.smoothing(alpha)
-        front = "" if base.prefix is None else f"prefix {base.prefix.text!r} + "
-        ranges = smoothed_ranges(base.measurement, smoothing)
-        return replace(base, name=front + label, smoothing=smoothing, ranges=ranges)
+        return replace(base, smoothing=smoothing, ranges=smoothed_ranges(base.measurement, smoothing))
 
     def _prefix(self, state: _State) -> list[_State]:
         """Smoothing again, behind each of the best prefixes."""
@@ -188,14 +191,7 @@ class _Search:
         states: list[_State] = []
         for prefix in found:
             measured = self._measure(prefix, self.few, sites=["linear_input"])
-            bare = replace(
-                state.candidate,
-                name=f"prefix {prefix.text!r}",
-                measurement=measured,
-                ranges=measured,
-                prefix=prefix,
-                smoothing=None,
-            )
+            bare = replace(state.candidate, measurement=measured, ranges=measured, prefix=prefix, smoothing=None)
             if state.candidate.smoothing is None:
                 states.append(self._try(bare))
             else:
@@ -211,20 +207,16 @@ class _Search:
             return []
         alphas = dict(zip((p.name for p in self.pairs), state.candidate.smoothing.alphas, strict=True))
         best = state
-        for role, names in _by_role(self.pairs).items():
+        for names in _by_role(self.pairs).values():
             now = alphas[names[0]]
             for alpha in (round(now - _STEP, 3), round(now + _STEP, 3)):
                 trial = {**alphas, **dict.fromkeys(names, alpha)}
                 if 0 <= alpha <= 1:
-                    tried = self._try(self._smoothed(state.candidate, trial, f"smooth, {role} {alpha:g}"))
+                    tried = self._try(self._smoothed(state.candidate, trial))
                     if tried.worth < best.worth:
                         best, alphas = tried, trial
                         break
-        if best is state:
-            return []
-        front = "" if best.candidate.prefix is None else f"prefix {best.candidate.prefix.text!r} + "
-        name = front + "smooth " + ", ".join(f"{r} {alphas[n[0]]:g}" for r, n in _by_role(self.pairs).items())
-        return [replace(best, candidate=replace(best.candidate, name=name))]
+        return [] if best is state else [best]
 
     def _rotate(self, state: _State) -> list[_State]:
         """The inputs of layers behind products and non-linear functions, rotated as they arrive."""
@@ -244,12 +236,8 @@ class _Search:
                     p.name: alpha if {c.module for c in p.consumers} <= modules else a
                     for p, a in zip(self.pairs, smoothing.alphas, strict=True)
                 }
-                one = self._smoothed(base, alphas, base.name.rpartition(" + ")[2])
-            rotated = replace(
-                one,
-                name=f"{one.name} + rotate" + ("" if alpha is None else f" (alpha {alpha:g})"),
-                rotation=rotation,
-            )
+                one = self._smoothed(base, alphas)
+            rotated = replace(one, rotation=rotation)
             with rotated.apply(self.model):
                 ranges = self._measure(rotated.prefix, self.few, sites=["linear_input"])
             states.append(self._try(replace(rotated, ranges=ranges)))
@@ -260,7 +248,7 @@ class _Search:
         base = state.candidate
         rows = self.blocks.select(range(min(2 * _SEARCH_ROWS, len(self.blocks)))).with_prefix(base.prefix_ids)
         plan = base.planned(self.model)
-        linear = [name for name in plan.weights if _is_linear(self.model.get_submodule(name))]
+        linear = [name for name in plan.weights if is_linear(self.model.get_submodule(name))]
         if not linear or not can_skip_head(self.model, input_device(self.model)):
             self.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
             return []
@@ -273,7 +261,7 @@ class _Search:
                 for batch in rows.batches(self.options.batch_size):
                     self.model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(input_device(self.model)))
             plan = compensated(plan, self.model, hessians, order="activation")
-        return [self._try(replace(base, name=f"{base.name} + compensate", plan=plan, compensated=True))]
+        return [self._try(replace(base, plan=plan, compensated=True))]
 
     def _keep(self, state: _State) -> list[_State]:
         """Layer by layer into float, each time the one whose rounding costs most."""
@@ -285,9 +273,8 @@ class _Search:
             for name in shortlist:
                 if name not in best.candidate.kept:
                     kept = (*best.candidate.kept, name)
-                    label = f"{state.candidate.name} + keep {', '.join(kept)}"
                     without = plan.without(dict.fromkeys(kept, KEPT))
-                    tried.append(self._try(replace(best.candidate, name=label, plan=without, kept=kept)))
+                    tried.append(self._try(replace(best.candidate, plan=without, kept=kept)))
             winner = min(tried, key=lambda one: one.worth, default=best)
             if winner.worth >= best.worth:
                 break
@@ -303,47 +290,41 @@ class _Search:
         return measure(self.opened, blocks.with_prefix(ids), options)
 
     def _apply(self, state: _State) -> Cured:
-        """Applies the chosen cures for good, and measures the model as it is then."""
-        met = self._met(state)
-        candidate = state.candidate
+        """Applies the chosen cures for good, and measures and verifies the model as it is then."""
+        met, candidate = self._met(state), state.candidate
+        judge = self._judge("verify", candidate.prefix_ids)
         records = candidate.records()
         changed = any(cure is not None for cure in (candidate.prefix, candidate.smoothing, candidate.rotation))
-        opened, measurement = self.opened, self.measurement
-        if changed:
-            candidate.apply(self.model).pop_all()  # nothing is reverted
-            opened = opened.cured([record.model_dump_json() for record in records])
-            self.opened = opened
-            measurement = self._measure(candidate.prefix, self.blocks)
-        scales = choose_scales(
-            measurement,
-            bits=self.options.bits,
-            symmetric=self.options.symmetric,
-            include_sink=candidate.prefix is None,
-        )
+        with candidate.apply(self.model) as applied:  # an error reverts
+            measurement = self.measurement
+            if changed:
+                self.opened = self.opened.cured([record.model_dump_json() for record in records])
+                measurement = self._measure(candidate.prefix, self.blocks)
+            scales = choose_scales(
+                measurement,
+                bits=self.options.bits,
+                symmetric=self.options.symmetric,
+                include_sink=candidate.prefix is None,
+            )
+            final = replace(candidate, ranges=measurement, plan=None).planned(self.model)
+            if candidate.plan is not None:
+                final = final.with_weights({n: w for n, w in candidate.plan.weights.items() if n in final.weights})
+            with QuantizedModel(self.model, final):
+                self._row(replace(candidate, ranges=measurement, plan=final), judge)
+            applied.pop_all()  # nothing is reverted from here on
         ignore = [*scales.ignore, *(name for name in candidate.kept if name not in scales.ignore)]
         scales = scales.model_copy(update={"cures": records, "ignore": ignore})
-        final = replace(candidate, ranges=measurement, plan=None).planned(self.model)
-        if candidate.compensated and candidate.plan is not None:
-            final = final.with_weights({n: w for n, w in candidate.plan.weights.items() if n in final.weights})
         outcome = "meets" if met else "is the best that was found, and misses"
         reason = f"{candidate.name} {outcome} the target of {self.options.target:g} on the search blocks"
-        return Cured(opened, scales, measurement, final, candidate, self.rows, reason, self.skipped)
+        return Cured(self.opened, scales, measurement, final, self.rows, reason, self.skipped)
 
 
 def _by_role(pairs: Pairs) -> dict[str, list[str]]:
     """Names of pairs by what they do in a block: equal names but for the number of the block."""
     found: dict[str, list[str]] = {}
     for pair in pairs:
-        found.setdefault(_role(pair), []).append(pair.name)
+        found.setdefault(role_of(pair), []).append(pair.name)
     return found
-
-
-def _role(pair: Pair) -> str:
-    return re.sub(r"(?:^|.*\.)\d+\.", "", pair.consumers[0].module)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _loudest(ranges: Measurement, plan: QuantizationPlan, *, include_sink: bool) -> list[str]:

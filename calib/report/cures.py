@@ -29,8 +29,7 @@ def print_cures(cured: Cured) -> None:
     for column in ("cures", "KL to float, nats" if predicts else "relative error", "perplexity / float", "seconds"):
         table.add_column(column, justify="left" if column == "cures" else "right")
     for row in cured.rows:
-        chosen = row.name == cured.candidate.name
-        name = f"[bold]{escape(row.name)}[/]" if chosen else escape(row.name)
+        name = f"[bold]as written: {escape(row.name)}[/]" if row is cured.rows[-1] else escape(row.name)
         table.add_row(name, str(row.divergence), "" if row.ratio is None else str(row.ratio), f"{row.seconds:.0f}")
     console.print(table)
     for what, why in list(cured.skipped.items())[:5]:
