@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from calib.distill.networks.registry import network
+from calib.distill.networks.attention import ATTENTIONS, AttentionForm, EncoderLayer
+from calib.distill.networks.registry import NETWORKS
 from calib.errors import UsageError
 
 __all__ = ["VisionTransformer"]
 
-_PATCH = 4
-
 
 class VisionTransformer(nn.Module):
-    """Patches of 4 x 4 pixels, pre-norm encoder layers, the mean of all patches, a linear head.
+    """Square patches, pre-norm encoder layers, the mean of all patches, a linear head.
 
     Args:
         width: of a patch's vector.
@@ -23,21 +24,28 @@ class VisionTransformer(nn.Module):
         heads: attention heads.
         classes: outputs.
         channels: of the input.
-        size: height and width of the input, a multiple of 4.
+        size: height and width of the input, a multiple of the patch.
+        patch: height and width of a patch in pixels.
+        attention: see `SelfAttention`.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, classes: int, channels: int, size: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        channels: int,
+        size: int,
+        patch: int = 4,
+        attention: AttentionForm = "softmax",
+    ) -> None:
         super().__init__()
-        if size % _PATCH:
-            raise UsageError(f"vit with {size} pixels: not a multiple of {_PATCH}; resize the images")
-        self.patches = nn.Conv2d(channels, width, _PATCH, _PATCH)
-        self.positions = nn.Parameter(torch.randn(1, (size // _PATCH) ** 2, width) * 0.02)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(depth)
-        )
+        if size % patch:
+            raise UsageError(f"vit with {size} pixels: not a multiple of {patch}; resize the images")
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2, width) * 0.02)
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, attention) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
@@ -49,6 +57,16 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(x).mean(dim=1))  # type: ignore[no-any-return]
 
 
-@network("vit_tiny")
-def _tiny(classes: int, channels: int, size: int) -> nn.Module:
-    return VisionTransformer(128, 6, 4, classes, channels, size)
+def _tiny(attention: AttentionForm, classes: int, channels: int, size: int) -> nn.Module:
+    return VisionTransformer(128, 6, 4, classes, channels, size, attention=attention)
+
+
+def _micro(attention: AttentionForm, classes: int, channels: int, size: int) -> nn.Module:
+    # patches of 7 pixels where the images have 28, of 8 where they have 32: 16 of them
+    return VisionTransformer(64, 4, 4, classes, channels, size, patch=size // 4, attention=attention)
+
+
+for _form in ATTENTIONS:
+    _suffix = "" if _form == "softmax" else f"_{_form}"
+    NETWORKS[f"vit_tiny{_suffix}"] = partial(_tiny, _form)
+    NETWORKS[f"vit_micro{_suffix}"] = partial(_micro, _form)
