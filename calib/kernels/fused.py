@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused CPU kernel: one read of a tensor updates all of its statistics.
 
-The loops are in `fused_loops`; here is what a site keeps between batches, and how the work is shared by threads.
+The loops are in `read_loops` and `fold_loops`; here is what a site keeps between batches, and how the work is shared.
 Threads are Python's own, which run the compiled loops without the interpreter lock: there is no second OpenMP pool
 beside torch's, and a later `fork()` (a data loader's workers) is safe. Work is cut in fixed units whose results do
 not depend on who computes them, so one thread and many give equal bits.
@@ -9,6 +9,7 @@ not depend on who computes them, so one thread and many give equal bits.
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib.kernels import fused_loops as loops
+from calib.kernels import fold_loops, read_loops
 from calib.kernels.arena import PAGE, Arena, PagePool
 from calib.kernels.plan import RowPlan
 from calib.statistics.channels import ChannelStatistics
@@ -32,8 +33,8 @@ from calib.statistics.summation import FixedPoint, exact_integer
 __all__ = ["FusedAccumulator", "FusedKernel"]
 
 _PAGES = BINS // PAGE
-_SERIAL_ELEMENTS = 1 << 17
-"""Below this size waking a thread costs more than it saves (about 0.1 ms of work)."""
+_SERIAL_ELEMENTS = {True: 1 << 17, False: 1 << 20}
+"""Below this size waking a thread costs more than it saves (about 0.1 ms of work): all statistics, ranges only."""
 
 
 class FusedKernel:
@@ -71,7 +72,7 @@ class FusedKernel:
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         """Uninitialised memory, the same one for all calls that ask for this name."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         held = self._scratch.get(name)
         if held is None or held.size < size:
             held = self._scratch[name] = np.empty(size, dtype)
@@ -79,7 +80,7 @@ class FusedKernel:
 
     def share(self, work: Any, elements: int) -> int:
         """Calls ``work(first, step)`` for every share of the units, one per thread; returns how many shares."""
-        shares = self.threads if elements >= _SERIAL_ELEMENTS else 1
+        shares = self.threads if elements >= _SERIAL_ELEMENTS[self.full] else 1
         futures: list[Future[None]] = []
         if shares > 1:
             if self._pool is None:
@@ -129,31 +130,25 @@ class FusedAccumulator:
         if plan.units == 0 or channels == 0:
             return
         update = self._update_full if self._kernel.full else self._update_ranges
-        nonfinite = update(array, plan)
-        if nonfinite.any():
+        if update(array, plan):
             self._fault = self._fault.merge(_fault_of(array, plan))
 
-    def _update_ranges(self, values: NDArray[np.float32], plan: RowPlan) -> NDArray[np.int64]:
+    def _update_ranges(self, values: NDArray[np.float32], plan: RowPlan) -> bool:
+        """Extremes only; returns whether a value is not finite."""
         low, high = np.empty(plan.units, np.int32), np.empty(plan.units, np.int32)
         nonfinite = np.empty(plan.units, np.int64)
+        amax = np.empty(plan.segment_group.size, np.float32)
         bits = values.view(np.int32)
 
         def work(first: int, step: int) -> None:
-            loops.read_ranges(bits, plan.rows, plan.unit_start, plan.unit_stop, first, step, low, high, nonfinite)
+            read_loops.read_ranges(bits, plan.rows, plan.unit_start, plan.unit_stop, first, step, low, high, nonfinite)
 
         self._kernel.share(work, values.size)
-        starts = plan.segment_units[:-1]
-        smallest, largest = (
-            (key ^ ((key >> 31) & 0x7FFFFFFF)).view(np.float32)
-            for key in (np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts))
-        )
-        amax = np.maximum(np.maximum(largest, -smallest), np.float32(0))
-        self._take_segments(values.shape[1], plan, nonfinite, amax, None, None)
-        np.minimum.at(self._low, plan.segment_group, smallest)
-        np.maximum.at(self._high, plan.segment_group, largest)
-        return nonfinite
+        fold_loops.fold_keys(plan.segment_group, plan.segment_units, low, high, self._low, self._high, amax)
+        return self._count_segments(values.shape[1], plan, nonfinite, amax)
 
-    def _update_full(self, values: NDArray[np.float32], plan: RowPlan) -> NDArray[np.int64]:
+    def _update_full(self, values: NDArray[np.float32], plan: RowPlan) -> bool:
+        """All statistics; returns whether a value is not finite."""
         kernel, units, channels = self._kernel, plan.units, values.shape[1]
         bits = values.view(np.uint32)
         total = kernel.scratch("total", (units, channels), np.float64)
@@ -163,11 +158,10 @@ class FusedAccumulator:
         bins = kernel.scratch("bins", (kernel.threads, channels), np.uint16)
         row_amax = kernel.scratch("row_amax", (plan.rows.size,), np.uint32)
         nonfinite = np.empty(units, np.int64)
-        unit_group = np.repeat(plan.segment_group, np.diff(plan.segment_units))
 
         def work(first: int, step: int) -> None:
-            loops.read_units(
-                values, bits, plan.rows, plan.unit_start, plan.unit_stop, unit_group, first, step,
+            read_loops.read_units(
+                values, bits, plan.rows, plan.unit_start, plan.unit_stop, plan.unit_group, first, step,
                 kernel._dense[first], bins[first], total, energy, low, high, nonfinite, row_amax,
             )  # fmt: skip
 
@@ -175,45 +169,37 @@ class FusedAccumulator:
         segments = plan.segment_block.size
         segment_total, segment_energy = np.empty(segments), np.empty(segments)
         amax = np.empty(segments, np.float32)
-        loops.fold_units(
+        fold_loops.fold_units(
             plan.segment_group, plan.segment_units, total, energy, low, high, *self._channels,
             segment_total, segment_energy, amax,
         )  # fmt: skip
-        self._take_segments(channels, plan, nonfinite, amax, segment_total, segment_energy)
+        groups = plan.segment_group.tolist()
+        for group, t, e in zip(groups, segment_total.tolist(), segment_energy.tolist(), strict=True):
+            self._total[group] += exact_integer(t)
+            self._energy[group] += exact_integer(e)
+        any_bad = self._count_segments(channels, plan, nonfinite, amax)
         values_tables, token_tables = self._tables
         pool = kernel.pool
         pool.reserve((shares + 1) * GROUPS * _PAGES)
         for share in range(shares):
-            for group in np.unique(plan.segment_group):
-                loops.fold_histogram(kernel._dense[share][group], values_tables[group], pool.pages, pool.used)
-        self._peaks = loops.fold_peaks(
+            for group in set(groups):
+                fold_loops.fold_histogram(kernel._dense[share][group], values_tables[group], pool.pages, pool.used)
+        self._peaks = fold_loops.fold_peaks(
             values, bits, plan.rows, plan.places, plan.row_group, row_amax, plan.context.group.shape[1],
             plan.context.document, plan.context.token_id, token_tables, pool.pages, pool.used,
             self._peak_bits, self._peak_place, self._peaks,
         )  # fmt: skip
-        return nonfinite
+        return any_bad
 
-    def _take_segments(
-        self,
-        channels: int,
-        plan: RowPlan,
-        unit_nonfinite: NDArray[np.int64],
-        amax: NDArray[np.float32],
-        total: NDArray[np.float64] | None,
-        energy: NDArray[np.float64] | None,
-    ) -> None:
-        """Adds the per-segment numbers of a batch to the range and the document maxima."""
-        starts = plan.segment_units[:-1]
-        nonfinite = np.add.reduceat(unit_nonfinite, starts)
-        rows = np.add.reduceat(plan.unit_stop - plan.unit_start, starts)
-        count = rows * channels - nonfinite
-        if total is not None and energy is not None:
-            for group, t, e in zip(plan.segment_group, total, energy, strict=True):
-                self._total[group] += exact_integer(float(t))
-                self._energy[group] += exact_integer(float(e))
-        np.add.at(self._count, plan.segment_group, count)
-        np.add.at(self._nonfinite, plan.segment_group, nonfinite)
-        self._documents.append(plan, np.where(count > 0, amax, np.float32(np.nan)))
+    def _count_segments(
+        self, channels: int, plan: RowPlan, nonfinite: NDArray[np.int64], amax: NDArray[np.float32]
+    ) -> bool:
+        """Counts the values of a batch and keeps its document maxima; returns whether a value is not finite."""
+        any_bad = fold_loops.fold_counts(
+            plan.segment_block, plan.segment_group, plan.segment_units, plan.unit_start, plan.unit_stop,
+            nonfinite, channels, amax, self._count, self._nonfinite, self._documents.append(plan),
+        )  # fmt: skip
+        return bool(any_bad)
 
     def result(self) -> SiteStatistics:
         """The statistics of all batches so far, a copy."""
@@ -274,8 +260,8 @@ class _DocumentRows:
         self._used = 0
         self._plans: list[RowPlan] = []
 
-    def append(self, plan: RowPlan, amax: NDArray[np.float32]) -> None:
-        """Takes in the largest magnitude of each segment of a batch."""
+    def append(self, plan: RowPlan) -> NDArray[np.float32]:
+        """Rows float32 ``[blocks, 2]`` for the documents of a batch, all NaN, to be filled."""
         blocks = plan.context.document.size
         if self._used + blocks > self._amax.shape[0]:
             grown = self._arena.zeros((2 * max(self._amax.shape[0], blocks), GROUPS), np.float32)
@@ -283,9 +269,9 @@ class _DocumentRows:
             self._amax = grown
         rows = self._amax[self._used : self._used + blocks]
         rows[:] = np.nan
-        rows[plan.segment_block, plan.segment_group] = amax
         self._used += blocks
         self._plans.append(plan)
+        return rows
 
     def result(self) -> DocumentMaxima:
         """All rows, one per document."""

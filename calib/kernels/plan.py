@@ -84,6 +84,11 @@ class RowPlan:
         """Group of each entry of `rows`."""
         return self.context.group.ravel()[self.places].astype(np.int64)
 
+    @cached_property
+    def unit_group(self) -> NDArray[np.int64]:
+        """Group of each unit."""
+        return np.repeat(self.segment_group, np.diff(self.segment_units))
+
     @property
     def units(self) -> int:
         """How many units there are."""

@@ -62,7 +62,7 @@ def test_kernels_compute_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if serial is not None:
-        monkeypatch.setattr(fused, "_SERIAL_ELEMENTS", serial)
+        monkeypatch.setattr(fused, "_SERIAL_ELEMENTS", {True: serial, False: serial})
     check(name, threads, full, shape, dtype, "cpu")
 
 
