@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from calib.errors import UsageError
 
-__all__ = ["OptimiserSettings", "make_optimiser"]
+__all__ = ["OptimiserSettings", "TrainingSettings", "make_optimiser"]
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,37 @@ class OptimiserSettings:
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What every training has."""
+
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    clip_norm: float = 5.0
+    seed: int = 0
+
+
 def make_optimiser(
-    parameters: Iterable[nn.Parameter], settings: OptimiserSettings, epochs: int
+    parameters: Iterable[nn.Parameter],
+    settings: OptimiserSettings,
+    epochs: int,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """An optimiser over the parameters that want gradients, and a schedule to be stepped `epochs` times.
+
+    Args:
+        parameters: to train.
+        settings: optimiser and schedule.
+        epochs: steps of the schedule.
+        undecayed: more of them, without weight decay.
 
     Raises:
         UsageError: a learning rate or a number of steps that is not positive.
     """
     if settings.learning_rate <= 0 or epochs < 1:
         raise UsageError(f"learning rate {settings.learning_rate}, {epochs} epochs: both must be positive")
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained: list[dict[str, Any]] = [{"params": [p for p in parameters if p.requires_grad]}]
+    if apart := list(undecayed):
+        trained.append({"params": apart, "weight_decay": 0.0})
     optimiser: torch.optim.Optimizer
     if settings.name == "sgd":
         optimiser = torch.optim.SGD(

@@ -1,53 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a student: by a teacher and a framework, or by labels alone."""
+"""Trains a student: by a teacher and a framework, or by labels alone; in float or for quantization."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from calib.distill.checkpoint import Checkpoint
+from calib.distill.distillation import Distillation, EpochRecord, Sides
 from calib.distill.features import FeaturePoints, find_features, look
-from calib.distill.frameworks import FRAMEWORKS, Framework, make_framework
-from calib.distill.optimiser import OptimiserSettings, make_optimiser
+from calib.distill.frameworks import FRAMEWORKS, make_framework
+from calib.distill.optimiser import OptimiserSettings, TrainingSettings
+from calib.distill.quantized import FakeQuantization, PeakControl, PeakTerm, QuantizationAware
+from calib.distill.ranks import Ranks
 from calib.distill.task import ClassificationTask, Task
 from calib.errors import UsageError
 from calib.models.evaluating import evaluating
+from calib.quantized import QuantizationPlan
 
 __all__ = ["StudentRun", "StudentSettings", "train_student"]
 
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class StudentSettings:
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings(TrainingSettings):
     """How a student is trained.
 
     `steps_per_epoch` is the number of optimiser steps that counts as an epoch; None is one pass. A few-shot student
-    gets that of the full data, so that all students take equally many steps.
+    gets that of the full data, so that all students take equally many steps. `precision` is that of products in the
+    forward pass (autocast); weights, gradients' sums and the loss stay in float32.
     """
 
     epochs: int = 240
     steps_per_epoch: int | None = None
     optimiser: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(schedule="steps"))
-    clip_norm: float = 5.0
     auxiliary_epochs: int = 10
-    seed: int = 0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: FakeQuantization | None = None
+    peaks: PeakControl | None = None
 
 
 @dataclass(frozen=True)
 class StudentRun:
-    """What was done: framework, steps, mean loss of the last epoch."""
+    """What was done: framework, steps, mean loss of the last epoch, epochs; and the plan that was trained for."""
 
     framework: str
     steps: int
     loss: float
+    history: tuple[EpochRecord, ...] = ()
+    plan: QuantizationPlan | None = field(default=None, compare=False)
 
 
 def train_student(
@@ -64,10 +71,15 @@ def train_student(
     teacher_points: FeaturePoints | None = None,
     transform: Callable[[Any], Any] | None = None,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+    ranks: Ranks | None = None,
+    name: str | None = None,
+    log: Callable[[str, EpochRecord], None] | None = None,
 ) -> StudentRun:
     """Trains `student` in place; there is no choice of a best epoch, the weights are those of the last step.
 
     The teacher is evaluated as it is, on the very batch that the student sees (after `transform`); both read one batch.
+    The student is left in float; `StudentRun.plan` quantizes it as it was trained.
 
     Args:
         student: network with fresh or trained weights.
@@ -82,9 +94,16 @@ def train_student(
         teacher_points: where the teacher's features are; found if absent.
         transform: augmentation of a batch.
         progress: called with one line per epoch.
+        checkpoint: where to keep the state. If it holds one, the training goes on from there, to the result of an
+            unbroken run; a finished one is only read.
+        ranks: the processes that share each batch.
+        name: of the training, in lines and logs.
+        log: called with the name and the record of each epoch.
 
     Raises:
-        UsageError: no teacher, an empty loader, or a model without what the framework needs.
+        UsageError: no teacher, an empty loader, a model without what the framework needs, or a loss that is not finite;
+            the student then has the weights of the last epoch that was healthy.
+        ArtifactError: the checkpoint is damaged, or of another training.
     """
     settings, reader = settings or StudentSettings(), task or ClassificationTask()
     if teacher is None and framework != "ce":
@@ -109,65 +128,25 @@ def train_student(
         count = samples if samples is not None else len(getattr(train, "dataset", ()))
         loss = make_framework(framework, views[0], views[1], count, **(weights or {}))
         loss.to(views[0].logits.device)
-        return _Training(student, teacher, loss, reader, settings, points, transform).run(
-            train, framework, progress or (lambda line: None)
+        aware = None
+        if settings.quantization is not None:
+
+            def once() -> None:
+                with torch.no_grad(), evaluating(student):
+                    reader.decide(student, first)
+
+            aware = QuantizationAware(student, settings.quantization, once)
+        distillation = Distillation(
+            Sides(student, teacher, loss, reader, points[0], points[1], transform),
+            train,
+            settings,
+            aware=aware,
+            peaks=None if settings.peaks is None else PeakTerm(student, settings.peaks),
+            ranks=ranks or Ranks(cpu=views[0].logits.device.type == "cpu"),
+            checkpoint=checkpoint,
+            name=name or f"student by {framework}",
+            framework=framework,
         )
-
-
-class _Training:
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        framework: Framework,
-        task: Task,
-        settings: StudentSettings,
-        points: list[FeaturePoints | None],
-        transform: Callable[[Any], Any] | None,
-    ) -> None:
-        self.student, self.teacher, self.framework, self.task = student, teacher, framework, task
-        self.settings, self.points, self.transform = settings, points, transform
-
-    def run(self, train: Iterable[Any], name: str, progress: Progress) -> StudentRun:
-        settings, framework = self.settings, self.framework
-        framework.fit_teacher(self._teacher_view, train, settings.auxiliary_epochs)
-        trained = [*self.student.parameters(), *framework.parameters()]
-        optimiser, schedule = make_optimiser(trained, settings.optimiser, settings.epochs)
-        batches, steps, mean = _endless(train), 0, math.nan
-        for epoch in range(settings.epochs):
-            self.student.train()
-            framework.train()
-            framework.progress = (epoch + 1) / settings.epochs
-            one = train if settings.steps_per_epoch is None else itertools.islice(batches, settings.steps_per_epoch)
-            losses = []
-            for batch in one:
-                loss = self._loss(batch)
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, settings.clip_norm)
-                optimiser.step()
-                losses.append(loss.detach())
-            steps += len(losses)
-            mean = float(torch.stack(losses).mean())
-            if not math.isfinite(mean):
-                raise UsageError(f"student by {name}: the loss became {mean}; lower the learning rate or the weight b")
-            schedule.step()
-            progress(f"student by {name} epoch {epoch + 1}/{settings.epochs}: loss {mean:.4f}")
-        self.student.eval()
-        return StudentRun(name, steps, mean)
-
-    def _loss(self, batch: Any) -> torch.Tensor:
-        seen = self.framework.prepare(batch if self.transform is None else self.transform(batch))
-        mine = look(self.student, self.task, seen, self.points[0])
-        theirs = mine if self.teacher is None else self._teacher_view(seen)
-        return self.framework(mine, theirs)  # type: ignore[no-any-return]
-
-    def _teacher_view(self, batch: Any) -> Any:
-        assert self.teacher is not None
-        with torch.no_grad():
-            return look(self.teacher, self.task, batch, self.points[1])
-
-
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader
+        history = distillation.run(progress or (lambda line: None), log or (lambda name, record: None))
+        plan = None if aware is None else aware.learned_plan()
+        return StudentRun(framework, history[-1].steps, history[-1].loss, tuple(history), plan)

@@ -30,6 +30,7 @@ class WeightScheme:
         group_size: inputs per group; only for per-group.
         scale: float32 ``[outputs]`` or ``[]``; from the extremes of the weight if absent.
         zero_point: whole numbers in float32, the shape of ``scale``.
+        scale_gradient: see `fake_quantize`.
 
     Raises:
         UsageError: a group size without groups, or groups without a size.
@@ -40,6 +41,7 @@ class WeightScheme:
     group_size: int = 0
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
+    scale_gradient: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.granularity == "per-group") != (self.group_size > 0):
@@ -83,7 +85,15 @@ class WeightScheme:
             return fake_quantize_float8(grouped, scale).flatten(1)
         grid = self.grid
         first = grid.zero_point_first
-        return fake_quantize(grouped, scale, point, grid.qmin, grid.qmax, zero_point_first=first).flatten(1)
+        return fake_quantize(
+            grouped,
+            scale,
+            point,
+            grid.qmin,
+            grid.qmax,
+            zero_point_first=first,
+            scale_gradient=self.scale_gradient,
+        ).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,4 +104,5 @@ def _clipped_softmax(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tens
         logits = logits.masked_fill(~allowed, -torch.inf)
         tokens = allowed.sum(3, keepdim=True).to(logits)
     low = -_STRETCH / tokens
-    return ((1 - low) * torch.softmax(logits, dim=-1) + low).clamp(0, 1)
+    stretched: Tensor = (1 - low) * torch.softmax(logits, dim=-1) + low
+    return stretched.clamp(0, 1)
