@@ -33,11 +33,19 @@ class Batches:
     def epoch(self, done: int = 0) -> Iterator[Any]:
         """The batches of one epoch that are left after `done` of them."""
         if self._steps is not None:
-            yield from itertools.islice(self._endless(), self._steps - done)
+            yield from itertools.islice(self.endless(), self._steps - done)
             return
         if not done:
             self._begin()
         yield from self._rest()
+
+    def endless(self) -> Iterator[Any]:
+        """Batch after batch, pass after pass."""
+        if self._pass is None:
+            self._begin()
+        while True:
+            yield from self._rest()
+            self._begin()
 
     def state(self) -> dict[str, Any]:
         """Where the current pass began, and how many of its batches were handed out."""
@@ -68,10 +76,3 @@ class Batches:
             except StopIteration:
                 return
             yield batch
-
-    def _endless(self) -> Iterator[Any]:
-        if self._pass is None:
-            self._begin()
-        while True:
-            yield from self._rest()
-            self._begin()

@@ -59,6 +59,15 @@ class MovingCentroids:
         moved = self.momentum * self._rows + (1 - self.momentum) * mean
         self._keep(torch.where(seen, moved, self._rows))
 
+    def state(self) -> Tensor:
+        """The rows as they are, zeros included."""
+        assert self._rows is not None, "set() comes first"
+        return self._rows
+
+    def restore(self, rows: Tensor) -> None:
+        """Takes what `state` gave."""
+        self._keep(rows)
+
     def _keep(self, rows: Tensor) -> None:
         self._rows, self._floored = rows, floored(rows)
 
@@ -82,7 +91,12 @@ class ClassBalancedBatches(Sampler[list[int]]):
             raise UsageError("labels: none; class-balanced batches need a labelled data set")
         self.per_class = per_class
         self.width = min(classes_per_batch or len(self.members), len(self.members))
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
+
+    def restart(self) -> None:
+        """Draws again what was drawn first: what one training drew does not change the next."""
+        self.generator.manual_seed(self.seed)
 
     def __len__(self) -> int:
         return (len(self.members) + self.width - 1) // self.width

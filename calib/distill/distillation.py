@@ -20,7 +20,7 @@ from calib.distill.optimiser import make_optimiser
 from calib.distill.quantized import PeakTerm, QuantizationAware
 from calib.distill.ranks import Ranks
 from calib.distill.task import Task
-from calib.distill.training_state import random_state, same_training, set_random_state, time_left
+from calib.distill.training_state import random_state, same_training, schedule_state, set_random_state, time_left
 from calib.errors import UsageError
 from calib.models.evaluating import evaluating
 
@@ -234,7 +234,7 @@ class Distillation:
                 "sums": self.sums,
                 "framework": self.sides.framework.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
-                "schedule": {key: self.schedule.state_dict()[key] for key in ("last_epoch", "_last_lr", "_step_count")},
+                "schedule": schedule_state(self.schedule),
                 "scaler": self.scaler.state_dict(),
                 "batches": self.batches.state(),
                 "random": random_state(),

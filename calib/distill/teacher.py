@@ -5,21 +5,27 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from calib.distill.centroids import MovingCentroids
+from calib.distill.batches import Batches
+from calib.distill.centroids import ClassBalancedBatches, MovingCentroids
+from calib.distill.checkpoint import Checkpoint
 from calib.distill.cmi import measure_information
 from calib.distill.grouping import RowGrouping
 from calib.distill.guard import CollapseGuard, GuardLimits
 from calib.distill.information import ClassInformation, InformationSummary
 from calib.distill.mcmi import check_strength, mcmi_loss
-from calib.distill.optimiser import OptimiserSettings, make_optimiser
+from calib.distill.optimiser import TrainingSettings, make_optimiser
+from calib.distill.ranks import Ranks
 from calib.distill.task import ClassificationTask, Task
+from calib.distill.training_state import random_state, same_training, schedule_state, set_random_state, time_left
 from calib.errors import UsageError
 from calib.models.device import input_device
 from calib.models.evaluating import evaluating
@@ -31,8 +37,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class TeacherSettings:
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(TrainingSettings):
     """How a teacher is fine-tuned.
 
     `strength` is lambda: always 0 or more, and more always raises CMI. `refresh` says when centroids follow the model:
@@ -43,13 +49,10 @@ class TeacherSettings:
 
     strength: float = 0.25
     epochs: int = 20
-    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
-    clip_norm: float = 5.0
     refresh: Literal["epoch", "ema", "never"] = "epoch"
     ema_momentum: float = 0.95
     ema_every: int = 1
     guard: GuardLimits = field(default_factory=GuardLimits)
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def fine_tune(
     balanced: Iterable[Any] | None = None,
     grouping: RowGrouping | None = None,
     progress: Progress | None = None,
+    checkpoints: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> TeacherRun:
     """Fine-tunes `model` in place towards max LL + lambda CMI.
 
@@ -100,9 +105,13 @@ def fine_tune(
         balanced: loader with `ClassBalancedBatches` for `refresh="ema"`.
         grouping: rows that labels share, for language models.
         progress: called with one line per epoch.
+        checkpoints: folder to keep the state in, in a file for each lambda. If that file is there, the fine-tuning goes
+            on from it, to the result of an unbroken run; a finished one is only read.
+        ranks: the processes that share each batch.
 
     Raises:
         UsageError: a setting out of range, or an empty loader.
+        ArtifactError: the checkpoint is damaged, or of another training.
     """
     settings = settings or TeacherSettings()
     reader: Task = task or ClassificationTask()
@@ -113,7 +122,12 @@ def fine_tune(
         raise UsageError("refresh ema: follows single classes, not shared rows; use refresh='epoch'")
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return _Tuning(model, train, settings, reader, balanced, grouping).run(
+        checkpoint = None
+        if checkpoints is not None:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint = Checkpoint(checkpoints / f"lambda-{settings.strength:g}.safetensors")
+        ranks = ranks or Ranks(cpu=input_device(model).type == "cpu")
+        return _Tuning(model, train, settings, reader, balanced, grouping, checkpoint, ranks).run(
             validation, progress or (lambda line: None)
         )
 
@@ -162,82 +176,165 @@ class _Tuning:
         task: Task,
         balanced: Iterable[Any] | None,
         grouping: RowGrouping | None,
+        checkpoint: Checkpoint | None,
+        ranks: Ranks,
     ) -> None:
         self.model, self.train, self.settings, self.task = model, train, settings, task
+        self.checkpoint, self.ranks, self.identity = checkpoint, ranks, f"mcmi {settings}"
         self.centroids = MovingCentroids(settings.ema_momentum)
-        self.balanced = None if balanced is None or settings.refresh != "ema" else _endless(balanced)
-        self.steps = 0
+        self.batches = Batches(train)
+        self.balanced: Iterator[Any] | None = None
+        if balanced is not None and settings.refresh == "ema":
+            sampler = getattr(balanced, "batch_sampler", None)
+            if isinstance(sampler, ClassBalancedBatches):
+                sampler.restart()
+            self.balanced = Batches(balanced).endless()
+        self.epoch, self.done, self.steps, self.moves = 0, 0, 0, 0
         self.grouping = grouping
         self.row_of_label = None if grouping is None else grouping.row_of_label.to(input_device(model))
+        self.held_out_before: InformationSummary | None = None
+        self.history: list[InformationSummary] = []
+        self.stopped: str | None = None
+        self.healthy: dict[str, Tensor] = {}
 
     def run(self, validation: Iterable[Any] | None, progress: Progress) -> TeacherRun:
         settings, model = self.settings, self.model
-        held_out_before = self._summary(validation)
-        information = self._pass()
-        before = information.summary()
-        self._refresh(information)
-        guard = CollapseGuard(before, settings.guard)
-        optimiser, schedule = make_optimiser(model.parameters(), settings.optimiser, settings.epochs)
-        healthy, history, stopped = _copy(model), [before], None
-        for epoch in range(settings.epochs):
-            stopped = self._epoch(guard, optimiser)
-            # a step that went wrong may have left NaN behind, which a pass refuses
-            if stopped is None:
-                information = self._pass()
-                stopped = guard.epoch(information.summary())
-            if stopped is not None:
-                model.load_state_dict(healthy)
-                logger.warning("lambda %s, epoch %d: stopped, %s", settings.strength, epoch + 1, stopped)
-                break
-            history.append(information.summary())
-            healthy = _copy(model)
-            if settings.refresh != "never":
-                self._refresh(information)
-            schedule.step()
-            progress(
-                f"lambda {settings.strength} epoch {epoch + 1}/{settings.epochs}: CMI {history[-1].cmi:.4f} "
-                f"LL {history[-1].log_likelihood:.4f} accuracy {history[-1].accuracy:.4f}"
-            )
+        self.ranks.same_start([model])
+        self.optimiser, self.schedule = make_optimiser(model.parameters(), settings.optimiser, settings.epochs)
+        held = None if self.checkpoint is None else self.checkpoint.load()
+        if held is None:
+            self.held_out_before = self._summary(validation)
+            information = self._measured(self.train)
+            self.history = [information.summary()]
+            self._refresh(information)
+            self.healthy = _copy(model)
+        else:
+            self._restore(held)
+        guard = CollapseGuard(self.history[0], settings.guard)
+        begin, begun = time.perf_counter(), self.epoch
+        while self.epoch < settings.epochs and self.stopped is None:
+            self._epoch(guard)
+            if self.stopped is None:
+                left = time_left(begin, self.epoch - begun, settings.epochs - begun)
+                now = self.history[-1]
+                progress(
+                    f"lambda {settings.strength} epoch {self.epoch}/{settings.epochs}: CMI {now.cmi:.4f} "
+                    f"LL {now.log_likelihood:.4f} accuracy {now.accuracy:.4f}, {left} left"
+                )
+        if held is None or not held["finished"]:
+            self._save(finished=True)
         return TeacherRun(
             strength=settings.strength,
-            before=before,
-            after=history[-1],
-            validation_before=held_out_before,
+            before=self.history[0],
+            after=self.history[-1],
+            validation_before=self.held_out_before,
             validation=self._summary(validation),
-            epochs=history[1:],
-            stopped=stopped,
+            epochs=self.history[1:],
+            stopped=self.stopped,
         )
 
-    def _epoch(self, guard: CollapseGuard, optimiser: torch.optim.Optimizer) -> str | None:
+    def _epoch(self, guard: CollapseGuard) -> None:
         self.model.train()
-        for batch in self.train:
-            decisions = self.task.decide(self.model, batch)
-            terms = mcmi_loss(
-                decisions.logits,
-                decisions.labels,
-                self.centroids.rows,
-                self.settings.strength,
-                row_of_label=self.row_of_label,
-            )
-            reason = guard.step(float(terms.loss.detach()), float(terms.divergence.detach()))
-            if reason is not None:
-                return reason
-            optimiser.zero_grad()
-            terms.loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-            optimiser.step()
-            self.steps += 1
-            if self.balanced is not None and self.steps % self.settings.ema_every == 0:
-                with torch.no_grad(), evaluating(self.model):
-                    decisions = self.task.decide(self.model, next(self.balanced))
-                self.centroids.move(decisions.logits, decisions.labels)
+        for batch in self.batches.epoch(self.done):
+            self.stopped = self._step(batch, guard)
+            if self.stopped is not None:
+                break
+            if self.checkpoint is not None and self.checkpoint.due():
+                self._save(finished=False)
+        # a step that went wrong may have left NaN behind, which a pass refuses
+        if self.stopped is None:
+            information = self._measured(self.train)
+            self.stopped = guard.epoch(information.summary())
+        self.epoch += 1
+        if self.stopped is not None:
+            self.model.load_state_dict(self.healthy)
+            logger.warning("lambda %s, epoch %d: stopped, %s", self.settings.strength, self.epoch, self.stopped)
+            return
+        self.history.append(information.summary())
+        self.healthy = _copy(self.model)
+        if self.settings.refresh != "never":
+            self._refresh(information)
+        self.schedule.step()
+        self.done = 0
+
+    def _step(self, batch: Any, guard: CollapseGuard) -> str | None:
+        """One step; returns the reason to stop, if there is one."""
+        decisions = self.task.decide(self.model, self.ranks.share(batch))
+        terms = mcmi_loss(
+            decisions.logits,
+            decisions.labels,
+            self.centroids.rows,
+            self.settings.strength,
+            row_of_label=self.row_of_label,
+        )
+        reason = guard.step(float(terms.loss.detach()), float(terms.divergence.detach()))
+        if reason is not None:
+            return reason
+        self.optimiser.zero_grad()
+        terms.loss.backward()
+        self.ranks.average_gradients(self.model.parameters())
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimiser.step()
+        self.done += 1
+        self.steps += 1
+        if self.balanced is not None and self.steps % self.settings.ema_every == 0:
+            self.moves += 1
+            with torch.no_grad(), evaluating(self.model):
+                decisions = self.task.decide(self.model, next(self.balanced))
+            self.centroids.move(decisions.logits, decisions.labels)
         return None
+
+    def _save(self, *, finished: bool) -> None:
+        if self.checkpoint is None or not self.ranks.main:
+            return
+        before = self.held_out_before
+        state: dict[str, Any] = {
+            "identity": self.identity,
+            "finished": finished,
+            "model": self.model.state_dict(),
+            "history": [summary.to_dict() for summary in self.history],
+            "held_out_before": None if before is None else before.to_dict(),
+            "stopped": self.stopped,
+        }
+        if not finished:
+            state |= {
+                "epoch": self.epoch,
+                "done": self.done,
+                "steps": self.steps,
+                "moves": self.moves,
+                "healthy": self.healthy,
+                "centroids": self.centroids.state(),
+                "optimiser": self.optimiser.state_dict(),
+                "schedule": schedule_state(self.schedule),
+                "batches": self.batches.state(),
+                "random": random_state(),
+            }
+        self.checkpoint.save(state)
+
+    def _restore(self, held: dict[str, Any]) -> None:
+        assert self.checkpoint is not None
+        same_training(self.checkpoint.path, held["identity"], self.identity)
+        self.model.load_state_dict(held["model"])
+        self.history = [InformationSummary(**summary) for summary in held["history"]]
+        before = held["held_out_before"]
+        self.held_out_before = None if before is None else InformationSummary(**before)
+        self.stopped = held["stopped"]
+        if held["finished"]:
+            self.epoch = self.settings.epochs
+            return
+        self.epoch, self.done, self.steps, self.moves = (held[key] for key in ("epoch", "done", "steps", "moves"))
+        self.healthy = held["healthy"]
+        self.centroids.restore(held["centroids"].to(input_device(self.model)))
+        self.optimiser.load_state_dict(held["optimiser"])
+        self.schedule.load_state_dict(held["schedule"])
+        self.batches.restore(held["batches"])
+        if self.balanced is not None:
+            for _ in range(self.moves):
+                next(self.balanced)
+        set_random_state(held["random"])
 
     def _refresh(self, information: ClassInformation) -> None:
         self.centroids.set(information, input_device(self.model), self.grouping)
-
-    def _pass(self) -> ClassInformation:
-        return self._measured(self.train)
 
     def _summary(self, loader: Iterable[Any] | None) -> InformationSummary | None:
         return None if loader is None else self._measured(loader).summary()
@@ -245,11 +342,6 @@ class _Tuning:
     def _measured(self, loader: Iterable[Any]) -> ClassInformation:
         rows = None if self.grouping is None else (self.grouping.rows, self.grouping.row_of_label)
         return measure_information(self.model, loader, task=self.task, separation=rows is None, rows=rows)[0]
-
-
-def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from calib.errors import ArtifactError
 
-__all__ = ["random_state", "same_training", "set_random_state", "time_left"]
+__all__ = ["random_state", "same_training", "schedule_state", "set_random_state", "time_left"]
 
 
 def random_state() -> dict[str, Any]:
@@ -24,6 +24,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
+    """What changes in a schedule; the rest follows from its settings, and is not always plain data."""
+    state = schedule.state_dict()
+    return {key: state[key] for key in ("last_epoch", "_last_lr", "_step_count")}
 
 
 def same_training(path: Path, held: str, wanted: str) -> None:

@@ -12,16 +12,23 @@ from calib.schema.recipe import RecipeMetadata
 
 __all__ = [
     "DataRecipe",
+    "Deployment",
     "DistillRecipe",
     "DistillReport",
+    "FakeQuantizationRecipe",
     "FrameworkRecipe",
     "ImageInput",
+    "Latency",
     "McmiRecipe",
     "ModelRecipe",
     "NetworkFile",
     "OptimiserRecipe",
     "PairedGain",
+    "PeakRecipe",
     "ProtocolRecipe",
+    "QuantizationRecipe",
+    "QuantizedAccuracy",
+    "SitePeak",
     "StudentRecipe",
     "StudentRow",
     "TeacherRecipe",
@@ -67,6 +74,9 @@ class TrainingRecipe(Strict):
     batch_size: int = Field(default=64, ge=2)
     optimiser: OptimiserRecipe = Field(default_factory=OptimiserRecipe)
     augment: bool = Field(default=False, description="Random shift by an eighth and horizontal flip of images")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Of products in the forward pass; weights stay in float32"
+    )
 
 
 class DataRecipe(Strict):
@@ -132,10 +142,46 @@ class FrameworkRecipe(Strict):
     temperature: float = Field(default=4.0, gt=0)
 
 
+class FakeQuantizationRecipe(Strict):
+    """The forward pass in training as the deployment computes it."""
+
+    weight_bits: int | None = Field(default=8, ge=2, le=8)
+    activation_bits: int | None = Field(default=8, ge=2, le=8)
+    step: Literal["lsq", "pact", "absmax"] = Field(default="lsq", description="Of activations")
+    weight_step: Literal["absmax", "lsq"] = Field(default="absmax", description="Of each output row of a weight")
+    start: float = Field(default=0.0, ge=0, lt=1, description="Share of the training that is in float first")
+
+
+class PeakRecipe(Strict):
+    """A term against values that stand out."""
+
+    term: Literal["peak", "kurtosis", "l4", "range"] = "peak"
+    share: float = Field(default=0.03, gt=0, lt=1, description="Of the loss; its weight follows from it")
+    sites: list[str] = Field(default=[], description="Patterns; by default inputs of projections and residuals")
+
+
+class QuantizationRecipe(Strict):
+    """Students trained for quantization, each beside the same student trained without, then deployed."""
+
+    fake: FakeQuantizationRecipe | None = Field(default_factory=FakeQuantizationRecipe)
+    peaks: PeakRecipe | None = Field(default_factory=PeakRecipe)
+    plain: bool = Field(default=True, description="Also train and deploy each student without either")
+    calibration: int = Field(default=512, ge=1, description="Training samples to choose scales from")
+
+    @model_validator(mode="after")
+    def _does_something(self) -> QuantizationRecipe:
+        if self.fake is None and self.peaks is None:
+            raise ValueError("fake or peaks is needed; leave quantization out for plain students")
+        if self.fake is not None and self.fake.weight_bits is None and self.fake.activation_bits is None:
+            raise ValueError("fake: weight_bits or activation_bits is needed")
+        return self
+
+
 class StudentRecipe(ModelRecipe):
     """A model to start from and the frameworks to train it by; `ce`, no teacher, is always among them."""
 
     frameworks: list[FrameworkRecipe] = Field(min_length=1)
+    quantization: QuantizationRecipe | None = None
 
 
 class ProtocolRecipe(Strict):
@@ -166,6 +212,7 @@ class DistillRecipe(Strict):
     protocol: ProtocolRecipe = Field(default_factory=ProtocolRecipe)
     temperatures: list[float] = Field(default=[1.0], min_length=1, description="CMI of the teachers at each")
     seeds: list[int] = Field(default=[0], min_length=1)
+    tensorboard: bool = Field(default=False, description="Write the losses for TensorBoard too; log.csv has them anyway")
 
 
 class TeacherRow(Strict):
@@ -181,12 +228,59 @@ class TeacherRow(Strict):
     stopped: str | None = None
 
 
+class SitePeak(Strict):
+    """How far the largest value of a site stands out."""
+
+    site: str
+    kind: str
+    amax: float
+    peak_over_rms: float
+
+
+class QuantizedAccuracy(Strict):
+    """Accuracy over the test data with fake-quantized weights and static activations."""
+
+    weight_bits: int | None = Field(description="One scale per output row; None: float")
+    activation_bits: int | None = Field(description="One scale per tensor; None: float")
+    scales: Literal["measured", "learned"] = Field(
+        description="measured: by absmax, as `calib quantize` chooses them; learned: the steps of the training"
+    )
+    accuracy: float
+
+
+class Latency(Strict):
+    """Time of one input in ONNX Runtime, one thread: medians of alternating runs."""
+
+    float_ms: float
+    int8_ms: float
+    speedup: float = Field(description="Median of the ratios of neighbouring runs")
+    integer_layers: int
+    layers: int
+
+
+class Deployment(Strict):
+    """One student measured, quantized and judged."""
+
+    peaks: list[SitePeak] = Field(description="The worst sites by max|A| / rms(A), over calibration samples")
+    mean_peak: float = Field(description="max|A| / rms(A), mean over all measured sites")
+    accuracy: float = Field(description="In float")
+    quantized: list[QuantizedAccuracy]
+    left_in_float: dict[str, str] = Field(description="Tensors that are not quantized, and why")
+    float_bytes: int
+    bytes_by_weight_bits: dict[str, int]
+    latency: Latency | None = None
+    no_latency: str | None = Field(default=None, description="Why it was not measured")
+
+
 class StudentRow(Strict):
     """One student. Accuracy is that after the last step; no epoch is chosen."""
 
     seed: int
     teacher: Literal["none", "mll", "control", "mcmi"]
     framework: str
+    variant: Literal["plain", "friendly"] = Field(
+        default="plain", description="friendly: trained for quantization; plain: the same without"
+    )
     condition: str = Field(description="full, a share, or the classes left out")
     samples: int
     samples_per_class: int
@@ -195,6 +289,7 @@ class StudentRow(Strict):
     omitted_recall: float | None = None
     kept_accuracy: float | None = None
     confusion: list[list[int]] | None = None
+    deployment: Deployment | None = None
 
 
 class PairedGain(Strict):
