@@ -65,6 +65,13 @@ class Classifier:
         collate: Callable[[Any], Any] | None = collate_texts if self.kind == "text" else None
         return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate)
 
+    def batches(
+        self, records: Records, batch_size: int = 256, *, shuffle: bool = False, drop_last: bool = False
+    ) -> DataLoader[Any]:
+        """A loader over records; no batch is larger than they are many."""
+        size = min(batch_size, len(records))
+        return self.loader(self.dataset(records), batch_size=size, shuffle=shuffle, drop_last=drop_last)
+
     def of(self, model: nn.Module, name: str | None = None) -> Classifier:
         """Another model with the same inputs."""
         return replace(self, model=model, name=name or self.name)

@@ -24,6 +24,7 @@ class EncoderClassifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         config: Any = encoder.config
+        self.config = config
         self.classifier = nn.Linear(int(config.hidden_size), classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ __all__ = ["paired_gains"]
 def paired_gains(rows: Sequence[StudentRow]) -> list[PairedGain]:
     """MCMI minus mll, control and no teacher, seed by seed; zero-shot by recall of the omitted classes.
 
+    Of students trained for quantization where there are any, otherwise of plain ones.
+
     Args:
         rows: students of all seeds.
     """
@@ -22,6 +24,8 @@ def paired_gains(rows: Sequence[StudentRow]) -> list[PairedGain]:
     def value(row: StudentRow) -> float:
         return row.accuracy if row.omitted_recall is None else row.omitted_recall
 
+    friendly = [row for row in rows if row.variant == "friendly"]
+    rows = friendly or rows
     gains = []
     mine = [row for row in rows if row.teacher == "mcmi"]
     for framework, condition in dict.fromkeys((row.framework, row.condition) for row in mine):

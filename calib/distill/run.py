@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch.utils.data import DataLoader
 
 from calib import __version__
 from calib.distill.centroids import ClassBalancedBatches
+from calib.distill.checkpoint import Checkpoint
 from calib.distill.classifier import Classifier, save_network
 from calib.distill.cmi import measure_information
 from calib.distill.data import Records, collate_texts
+from calib.distill.distillation import EpochRecord
 from calib.distill.gains import paired_gains
 from calib.distill.prepare import RecipeData, make_classifier, optimiser_settings, read_data
 from calib.distill.protocols import (
@@ -27,21 +30,17 @@ from calib.distill.protocols import (
     shifted_and_flipped,
     temperature_study,
     without_classes,
-    zero_shot_result,
 )
 from calib.distill.protocols.eigencam import save_cams
-from calib.distill.student import StudentSettings, train_student
+from calib.distill.ranks import Ranks
+from calib.distill.student import train_student
+from calib.distill.student_rows import StudentTrainer, student_settings
 from calib.distill.sweep import sweep_strength
 from calib.distill.teacher import TeacherRun, TeacherSettings, fine_tune_with_control
+from calib.distill.training_log import EVENTS, TrainingLog
+from calib.distill.training_log import FILE as LOG
 from calib.errors import UsageError
-from calib.schema.distill import (
-    DistillRecipe,
-    DistillReport,
-    FrameworkRecipe,
-    StudentRow,
-    TeacherRow,
-    TrainingRecipe,
-)
+from calib.schema.distill import DistillRecipe, DistillReport, FrameworkRecipe, StudentRow, TeacherRow
 from calib.schema.provenance import Producer
 
 __all__ = ["run_recipe"]
@@ -52,23 +51,34 @@ _CAM_IMAGES = 8
 
 
 def run_recipe(
-    recipe: DistillRecipe, folder: Path, *, device: str = "auto", progress: Progress | None = None
+    recipe: DistillRecipe,
+    folder: Path,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    work: Path | None = None,
 ) -> DistillReport:
-    """Runs a recipe and writes `report.json`, the first seed's teachers, and their Eigen-CAM maps into `folder`.
+    """Runs a recipe and writes `report.json`, `log.csv`, and of the first seed teachers and Eigen-CAM maps.
 
     Test data are read once per finished model, never to choose anything; lambda is chosen on validation data.
+    Under `accelerate launch` each process trains on its part of every batch, and the first one writes.
 
     Args:
         recipe: what to do.
         folder: an empty folder.
         device: auto, cpu or cuda.
         progress: called with a line now and then.
+        work: folder for checkpoints and finished rows. What it holds of this recipe is not done again, and a training
+            that was broken off in it goes on, to the result of an unbroken run.
 
     Raises:
         UsageError: models and data do not fit together.
         CorpusError: the data cannot be read.
+        ArtifactError: a checkpoint is damaged, or of another training.
     """
-    run = _Run(recipe, folder, device, progress or (lambda line: None), read_data(recipe))
+    ranks = Ranks(cpu=device == "cpu" or not torch.cuda.is_available())
+    silent: Progress = lambda line: None  # noqa: E731
+    run = _Run(recipe, folder, device, (progress if ranks.main else None) or silent, read_data(recipe), ranks, work)
     for seed in recipe.seeds:
         run.seed(seed)
     report = DistillReport(
@@ -88,7 +98,9 @@ def run_recipe(
         covered_area=run.covered_area,
         warnings=run.warnings,
     )
-    (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if ranks.main:
+        run.collect()
+        (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -99,40 +111,63 @@ class _Run:
     device: str
     progress: Progress
     data: RecipeData
+    ranks: Ranks
+    work: Path | None
     teachers: list[TeacherRow] = field(default_factory=list)
     students: list[StudentRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     covered_area: dict[str, float] | None = None
 
+    def __post_init__(self) -> None:
+        self.kept = self.work or self.folder
+        self.log: Callable[[str, EpochRecord], None] = lambda name, record: None
+        if self.ranks.main:
+            self.log = TrainingLog(self.kept, tensorboard=self.recipe.tensorboard)
+
+    def collect(self) -> None:
+        """Brings what was kept beside the checkpoints into the folder."""
+        if isinstance(self.log, TrainingLog):
+            self.log.close()
+        if self.work is None:
+            return
+        for path in self.work.iterdir():
+            if path.name == LOG:
+                shutil.copy2(path, self.folder)
+            elif path.is_dir() and (path.name.startswith("student-") or path.name == EVENTS):
+                shutil.copytree(path, self.folder / path.name)
+
     def seed(self, seed: int) -> None:
         found = self._teachers(seed)
-        if seed == self.recipe.seeds[0]:
+        if seed == self.recipe.seeds[0] and self.ranks.main:
             self._keep(found)
-        batch, full = self.recipe.student.training.batch_size, self.data.train
-        steps = max(1, len(full) // batch)
+        trainer = StudentTrainer(
+            self.recipe, self.data, seed, self.device, self.kept, self.work, self.ranks, self.log, self.progress
+        )
         for condition, omitted in self._conditions(seed):
-            row: dict[str, Any] = {"seed": seed, "condition": condition, "omitted": omitted, "steps": steps}
-            self._student(FrameworkRecipe(name="ce"), "none", None, **row)
+            self.students += trainer.students(FrameworkRecipe(name="ce"), "none", None, condition, omitted)
             for framework in self.recipe.student.frameworks:
                 for name, teacher in found.items():
                     if framework.name != "ce":
-                        self._student(framework, name, teacher, **row)
+                        self.students += trainer.students(framework, name, teacher, condition, omitted)
 
     def _teachers(self, seed: int) -> dict[TeacherName, Classifier]:
         recipe = self.recipe
         mll = make_classifier(recipe.teacher, recipe, self.data, seed, self.device)
         if recipe.teacher.model is None:
             training = recipe.teacher.training
-            loader = self._loader(mll, self.data.train, training.batch_size, shuffle=True, drop_last=True)
             train_student(
                 mll.model,
                 None,
-                loader,
+                mll.batches(self.data.train, training.batch_size, shuffle=True, drop_last=True),
                 "ce",
-                self._settings(training, seed),
+                student_settings(training, seed),
                 task=mll.task,
                 transform=shifted_and_flipped if training.augment else None,
                 progress=self.progress,
+                checkpoint=None if self.work is None else Checkpoint(self.work / f"teacher-{seed}.safetensors"),
+                ranks=self.ranks,
+                name=f"seed {seed}, teacher",
+                log=self.log,
             )
         mcmi = mll.of(copy.deepcopy(mll.model))
         found: dict[TeacherName, Classifier] = {"mll": mll}
@@ -155,15 +190,20 @@ class _Run:
             ema_momentum=plan.ema_momentum,
             seed=seed,
         )
-        train = self._loader(start, self.data.train, plan.batch_size, shuffle=True)
-        options: dict[str, Any] = {"task": start.task, "progress": self.progress}
+        train = start.batches(self.data.train, plan.batch_size, shuffle=True)
+        options: dict[str, Any] = {
+            "task": start.task,
+            "progress": self.progress,
+            "checkpoints": None if self.work is None else self.work / f"fine-tuned-{seed}",
+            "ranks": self.ranks,
+        }
         if plan.refresh == "ema":
             sampler = ClassBalancedBatches(
                 self.data.train.labels, seed=seed, classes_per_batch=plan.batch_size // 8 or 1
             )
             collate = collate_texts if start.kind == "text" else None
             options["balanced"] = DataLoader(start.dataset(self.data.train), batch_sampler=sampler, collate_fn=collate)
-        validation = self._loader(start, self.data.validation, plan.batch_size)
+        validation = start.batches(self.data.validation, plan.batch_size)
         if len(plan.strengths) > 1:
             swept = sweep_strength(start.model, train, validation, plan.strengths, settings, **options)
             best = next(point.run for point in swept.points if point.strength == swept.strength)
@@ -181,10 +221,10 @@ class _Run:
 
     def _teacher_row(self, seed: int, name: TeacherName, classifier: Classifier, run: TeacherRun | None) -> None:
         def summary(records: Records) -> dict[str, Any]:
-            loader = self._loader(classifier, records)
+            loader = classifier.batches(records)
             return measure_information(classifier.model, loader, task=classifier.task)[0].summary().to_dict()
 
-        loader = self._loader(classifier, self.data.train)
+        loader = classifier.batches(self.data.train)
         points = temperature_study({name: classifier.model}, loader, self.recipe.temperatures, classifier.task)
         row = TeacherRow(
             seed=seed,
@@ -211,53 +251,6 @@ class _Run:
             return found
         return [(Condition("full", train, _per_class(train)), ())]
 
-    def _student(
-        self,
-        framework: FrameworkRecipe,
-        teacher_name: Literal["none", "mll", "control", "mcmi"],
-        teacher: Classifier | None,
-        *,
-        seed: int,
-        condition: Condition,
-        omitted: tuple[int, ...],
-        steps: int,
-    ) -> None:
-        recipe = self.recipe
-        training = recipe.student.training
-        student = make_classifier(recipe.student, recipe, self.data, seed, self.device)
-        if teacher is not None:
-            _check_inputs(student, teacher)
-        batch = min(training.batch_size, len(condition.records))
-        self.progress(f"seed {seed}, {condition.name}: student by {framework.name} of {teacher_name}")
-        run = train_student(
-            student.model,
-            None if teacher is None else teacher.model,
-            self._loader(student, condition.records, batch, shuffle=True, drop_last=True),
-            framework.name,
-            self._settings(training, seed, steps),
-            task=student.task,
-            weights=framework.model_dump(include={"cross_entropy", "soft_targets", "feature", "temperature"}),
-            transform=shifted_and_flipped if training.augment else None,
-            progress=self.progress,
-        )
-        test = self._loader(student, self.data.test)
-        found = zero_shot_result(student.model, test, omitted, student.task)
-        self.students.append(
-            StudentRow(
-                seed=seed,
-                teacher=teacher_name,
-                framework=framework.name,
-                condition=condition.name,
-                samples=len(condition.records),
-                samples_per_class=condition.per_class,
-                steps=run.steps,
-                accuracy=float(found.confusion.diagonal().sum() / found.confusion.sum()),
-                omitted_recall=found.omitted_recall if omitted else None,
-                kept_accuracy=found.kept_accuracy if omitted else None,
-                confusion=found.confusion.tolist() if omitted else None,
-            )
-        )
-
     def _keep(self, found: dict[TeacherName, Classifier]) -> None:
         network = self.recipe.teacher.network
         for name, classifier in found.items():
@@ -267,7 +260,7 @@ class _Run:
         first = next(iter(found.values()))
         if first.kind != "image":
             return
-        batch = next(iter(self._loader(first, self.data.test, _CAM_IMAGES)))
+        batch = next(iter(first.batches(self.data.test, _CAM_IMAGES)))
         try:
             maps = compare_cams({name: one.model for name, one in found.items()}, batch, first.task)
             save_cams(self.folder / "eigen_cam.png", batch[0], maps)
@@ -276,34 +269,6 @@ class _Run:
             return
         self.covered_area = maps.area
 
-    def _settings(self, training: TrainingRecipe, seed: int, steps: int | None = None) -> StudentSettings:
-        optimiser = optimiser_settings(training.optimiser)
-        return StudentSettings(epochs=training.epochs, steps_per_epoch=steps, optimiser=optimiser, seed=seed)
-
-    def _loader(
-        self,
-        classifier: Classifier,
-        records: Records,
-        batch: int = 256,
-        *,
-        shuffle: bool = False,
-        drop_last: bool = False,
-    ) -> DataLoader[Any]:
-        dataset = classifier.dataset(records)
-        return classifier.loader(dataset, batch_size=min(batch, len(records)), shuffle=shuffle, drop_last=drop_last)
-
 
 def _per_class(records: Records) -> int:
     return min(records.labels.count(label) for label in set(records.labels))
-
-
-def _check_inputs(student: Classifier, teacher: Classifier) -> None:
-    if student.image != teacher.image:
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: expect other images; "
-            "set data.image to what the teacher takes"
-        )
-    if student.kind == "text" and student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():  # type: ignore[union-attr]
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: have other vocabularies; choose a pair with one"
-        )

@@ -12,10 +12,10 @@ from typing import Any
 from calib.distill.distillation import EpochRecord
 from calib.errors import ArtifactError, UsageError
 
-__all__ = ["FILE", "LoggedEpoch", "TrainingLog", "read_log"]
+__all__ = ["EVENTS", "FILE", "LoggedEpoch", "TrainingLog", "read_log"]
 
 FILE = "log.csv"
-_TENSORBOARD = "tensorboard"
+EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrainingLog:
                 raise UsageError(
                     "tensorboard: is not installed; pip install 'calib[tensorboard]' or set tensorboard: false"
                 ) from error
-            self._events = SummaryWriter(str(folder / _TENSORBOARD))
+            self._events = SummaryWriter(str(folder / EVENTS))
 
     def __call__(self, training: str, record: EpochRecord) -> None:
         """Adds an epoch."""

@@ -113,6 +113,8 @@ class _Outputs(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}
         output = self.model(input_ids=input_ids, **masked, **self.more)
+        if isinstance(output, torch.Tensor):
+            return output
         found: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
         return found
 

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`StudentTrainer`: the students of one seed, plain and trained for quantization, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from calib.distill.checkpoint import Checkpoint
+from calib.distill.classifier import Classifier, save_network
+from calib.distill.data import stratified_share
+from calib.distill.distillation import EpochRecord
+from calib.distill.prepare import RecipeData, make_classifier, optimiser_settings
+from calib.distill.protocols import Condition, shifted_and_flipped, zero_shot_result
+from calib.distill.quantized import FakeQuantization, PeakControl
+from calib.distill.ranks import Ranks
+from calib.distill.student import StudentRun, StudentSettings, train_student
+from calib.errors import ArtifactError, UsageError
+from calib.scales.file import save_scales
+from calib.schema.distill import (
+    Deployment,
+    DistillRecipe,
+    FrameworkRecipe,
+    QuantizationRecipe,
+    StudentRow,
+    TrainingRecipe,
+)
+
+__all__ = ["StudentTrainer", "student_settings"]
+
+TeacherOfRow = Literal["none", "mll", "control", "mcmi"]
+Variant = Literal["plain", "friendly"]
+
+
+@dataclass
+class StudentTrainer:
+    """Trains students and judges them.
+
+    Attributes:
+        recipe: what to do.
+        data: its data.
+        seed: of weights and order.
+        device: auto, cpu or cuda.
+        kept: folder for students that are worth keeping, those for quantization.
+        work: folder for checkpoints and finished rows, if any.
+        ranks: processes that share each batch.
+        log: gets each epoch.
+        progress: gets a line now and then.
+    """
+
+    recipe: DistillRecipe
+    data: RecipeData
+    seed: int
+    device: str
+    kept: Path
+    work: Path | None
+    ranks: Ranks
+    log: Callable[[str, EpochRecord], None]
+    progress: Callable[[str], None]
+
+    def students(
+        self,
+        framework: FrameworkRecipe,
+        teacher_name: TeacherOfRow,
+        teacher: Classifier | None,
+        condition: Condition,
+        omitted: tuple[int, ...],
+    ) -> list[StudentRow]:
+        """The rows of one framework, teacher and condition.
+
+        Args:
+            framework: how to train.
+            teacher_name: in rows.
+            teacher: None for no teacher.
+            condition: what the student gets to see.
+            omitted: classes that it never sees.
+        """
+        plan = self.recipe.student.quantization
+        variants: list[Variant] = ["plain"] if plan is None or plan.plain else []
+        variants += ["friendly"] if plan is not None else []
+        return [self._row(framework, teacher_name, teacher, condition, omitted, variant) for variant in variants]
+
+    def _row(
+        self,
+        framework: FrameworkRecipe,
+        teacher_name: TeacherOfRow,
+        teacher: Classifier | None,
+        condition: Condition,
+        omitted: tuple[int, ...],
+        variant: Variant,
+    ) -> StudentRow:
+        file = "-".join([str(self.seed), condition.name, framework.name, teacher_name, variant])
+        file = "".join(c if c.isalnum() or c in "-." else "_" for c in file)
+        row_path = None if self.work is None else self.work / f"student-{file}.json"
+        if row_path is not None and row_path.exists():
+            return _read_row(row_path)
+        by = framework.name if teacher is None else f"{framework.name} of {teacher_name}"
+        name = f"seed {self.seed}, {condition.name}: student by {by}"
+        if self.recipe.student.quantization is not None:
+            name += f", {variant}"
+        self.progress(name)
+        student = make_classifier(self.recipe.student, self.recipe, self.data, self.seed, self.device)
+        if teacher is not None:
+            check_inputs(student, teacher)
+        training = self.recipe.student.training
+        checkpoint = None if self.work is None else Checkpoint(self.work / f"student-{file}.safetensors")
+        quantization = self.recipe.student.quantization if variant == "friendly" else None
+        run = train_student(
+            student.model,
+            None if teacher is None else teacher.model,
+            student.batches(condition.records, training.batch_size, shuffle=True, drop_last=True),
+            framework.name,
+            student_settings(training, self.seed, len(self.data.train), quantization),
+            task=student.task,
+            weights=framework.model_dump(include={"cross_entropy", "soft_targets", "feature", "temperature"}),
+            transform=shifted_and_flipped if training.augment else None,
+            progress=self.progress,
+            checkpoint=checkpoint,
+            ranks=self.ranks,
+            name=name,
+            log=self.log,
+        )
+        test = student.batches(self.data.test)
+        found = zero_shot_result(student.model, test, omitted, student.task)
+        row = StudentRow(
+            seed=self.seed,
+            teacher=teacher_name,
+            framework=framework.name,
+            variant=variant,
+            condition=condition.name,
+            samples=len(condition.records),
+            samples_per_class=condition.per_class,
+            steps=run.steps,
+            accuracy=float(found.confusion.diagonal().sum() / found.confusion.sum()),
+            omitted_recall=found.omitted_recall if omitted else None,
+            kept_accuracy=found.kept_accuracy if omitted else None,
+            confusion=found.confusion.tolist() if omitted else None,
+            deployment=self._deployment(student, condition, run, file, variant),
+        )
+        if row_path is not None and self.ranks.main:
+            row_path.write_text(row.model_dump_json() + "\n", encoding="utf-8")
+            assert checkpoint is not None
+            checkpoint.path.unlink(missing_ok=True)
+        self.ranks.wait()
+        return row
+
+    def _deployment(
+        self, student: Classifier, condition: Condition, run: StudentRun, file: str, variant: Variant
+    ) -> Deployment | None:
+        plan = self.recipe.student.quantization
+        if plan is None:
+            return None
+        from calib.distill.quantized.deployment import deploy
+        from calib.distill.quantized.latency import latency_or_reason, onnx_student
+
+        records = condition.records
+        if plan.calibration < len(records):
+            share = plan.calibration / len(records)
+            records = records.select(stratified_share(records.labels, share, self.seed))
+        calibration, test = student.batches(records), student.batches(self.data.test)
+        deployed = deploy(student.model, student.task, calibration, test, name=student.name, learned=run.plan)
+        feed = None
+        if student.kind == "text":
+            batch = next(iter(calibration))
+            feed = {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
+        opened = onnx_student(student.model, deployed.scales.model)
+        latency, reason = latency_or_reason(opened, deployed.scales, feed)
+        network = self.recipe.student.network
+        if variant == "friendly" and network is not None and self.seed == self.recipe.seeds[0] and self.ranks.main:
+            folder = self.kept / f"student-{file}"
+            folder.mkdir(exist_ok=True)
+            save_network(folder, student, network)
+            save_scales(deployed.scales, folder)
+        return deployed.record.model_copy(update={"latency": latency, "no_latency": reason})
+
+
+def student_settings(
+    training: TrainingRecipe, seed: int, samples: int | None = None, quantization: QuantizationRecipe | None = None
+) -> StudentSettings:
+    """Settings from a recipe.
+
+    Args:
+        training: epochs, optimiser, precision.
+        seed: of the order.
+        samples: of the full training data, if an epoch is to be as many steps as these take.
+        quantization: for a student trained for it.
+    """
+    fake = None if quantization is None else quantization.fake
+    peaks = None if quantization is None else quantization.peaks
+    return StudentSettings(
+        epochs=training.epochs,
+        steps_per_epoch=None if samples is None else max(1, samples // training.batch_size),
+        optimiser=optimiser_settings(training.optimiser),
+        precision=training.precision,
+        seed=seed,
+        quantization=None if fake is None else FakeQuantization(**fake.model_dump()),
+        peaks=None if peaks is None else PeakControl(peaks.term, peaks.share, tuple(peaks.sites)),
+    )
+
+
+def check_inputs(student: Classifier, teacher: Classifier) -> None:
+    """Refuses a pair that cannot read one batch.
+
+    Raises:
+        UsageError: other images, or another vocabulary.
+    """
+    if student.image != teacher.image:
+        raise UsageError(
+            f"student {student.name} and teacher {teacher.name}: expect other images; "
+            "set data.image to what the teacher takes"
+        )
+    vocabularies: list[Any] = [
+        None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (student, teacher)
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        raise UsageError(
+            f"student {student.name} and teacher {teacher.name}: have other vocabularies; choose a pair with one"
+        )
+
+
+def _read_row(path: Path) -> StudentRow:
+    try:
+        return StudentRow.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{path}: damaged row ({' '.join(str(error).split())[:120]}); remove it and resume"
+        ) from error
