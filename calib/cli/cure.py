@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from calib.cli.examples import require_text
 from calib.cli.options import batch_size, build_corpus, measured_blocks, opened
 from calib.errors import GateError, Interrupted, UsageError
 from calib.output import output_folder
@@ -51,6 +52,7 @@ def quantize_cured(source: str, output: Path, given: dict[str, Any]) -> None:
     begin = time.perf_counter()
     options = _options(given)
     found = opened(source, given)
+    require_text(found, given, "--cure")
     blocks, held_out = _split(build_corpus(found, {**given, "samples": given["samples"] + HELD_OUT}))
     measurement, stopped = measured_blocks(found, blocks, given)
     if stopped:

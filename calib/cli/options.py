@@ -16,7 +16,7 @@ import click
 from calib.errors import UsageError
 
 if TYPE_CHECKING:
-    from calib.corpus import TokenBlocks
+    from calib.corpus import Rows, TokenBlocks
     from calib.measurement.artifact import Measurement
     from calib.measurement.engine import MeasureOptions
     from calib.models import OpenedModel
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "batch_size",
     "build_corpus",
+    "build_rows",
     "corpus_options",
     "measured",
     "measured_blocks",
@@ -55,9 +56,9 @@ model_options = _together(
 )
 corpus_options = _together(
     click.option(
-        "-d", "--data", multiple=True, help="Text: file, folder, hub:ID, builtin, or domain=PATH; repeatable."
+        "-d", "--data", multiple=True, help="File, folder, hub:ID, builtin, or domain=PATH; repeatable; see docs."
     ),
-    click.option("--samples", default=128, show_default=True, help="Blocks of tokens."),
+    click.option("--samples", default=128, show_default=True, help="Blocks of tokens, or examples."),
     click.option("--max-length", default=512, show_default=True, help="Tokens of a block."),
     click.option("--seed", default=0, show_default=True, help="Of the choice of blocks."),
     click.option("--layout", type=click.Choice(["blocks", "documents"]), default="blocks", show_default=True),
@@ -99,11 +100,11 @@ def measured(found: OpenedModel, given: dict[str, Any], held: Measurement | None
 
     What `held` has is not measured again.
     """
-    return measured_blocks(found, build_corpus(found, given), given, held)
+    return measured_blocks(found, build_rows(found, given), given, held)
 
 
 def measured_blocks(
-    found: OpenedModel, blocks: TokenBlocks, given: dict[str, Any], held: Measurement | None = None
+    found: OpenedModel, blocks: Rows, given: dict[str, Any], held: Measurement | None = None
 ) -> tuple[Measurement, bool]:
     """The same for blocks that are there already."""
     from calib.measurement.engine import measure, resume
@@ -119,7 +120,26 @@ def measured_blocks(
         measurement = run(
             found, blocks, options=_options(given), progress=report, should_stop=should_stop, around=around
         )
-        return measurement, should_stop()
+        stopped = should_stop()
+    decoded = measurement.run.decoder
+    if decoded and not quiet:
+        click.echo(f"note: {_decoder_note(decoded)}", err=True)
+    return measurement, stopped
+
+
+def _decoder_note(decoded: dict[str, int]) -> str:
+    said = {
+        "target": "{} rows read their targets",
+        "greedy": "{} rows read what the model writes greedily for want of targets",
+    }
+    return "decoder: " + ", ".join(said[name].format(count) for name, count in decoded.items())
+
+
+def build_rows(found: OpenedModel, given: dict[str, Any]) -> Rows:
+    """What the options name: blocks of tokens, or examples where data hold more than text."""
+    from calib.cli.examples import build_examples_of, needs_examples
+
+    return build_examples_of(found, given) if needs_examples(found, given) else build_corpus(found, given)
 
 
 def build_corpus(found: OpenedModel, given: dict[str, Any]) -> TokenBlocks:

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from calib.cli.examples import require_processor
 from calib.cli.options import model_options, opened, output_options
+
+if TYPE_CHECKING:
+    from calib.models import OpenedModel
 
 __all__ = ["command"]
 
@@ -25,27 +29,53 @@ _TOKENS = 64
 def command(model: str, samples: int, max_length: int, **given: Any) -> None:
     """Show what `calib measure MODEL` would measure, with predicted time and memory.
 
-    Runs 64 tokens through the model to learn which names are the same tensor.
+    Runs 64 tokens, or a grey picture, or a second of silence, through the model to learn which names are the same
+    tensor. Towers of a model that reads text too are not run, and are listed as not reached.
     """
     import torch
 
     from calib.measurement.calibration import Calibration
     from calib.measurement.failure import explained
-    from calib.measurement.head import can_skip_head, takes_cache, without_head
+    from calib.measurement.head import can_skip_head, without_head
+    from calib.models.device import input_device
     from calib.report.terminal import print_sites
 
     found = opened(model, given)
-    from calib.models.device import input_device
-
     device = input_device(found.model)
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
-    inputs = {"input_ids": ids, **({"use_cache": False} if takes_cache(found.model) else {})}
+    inputs, units = _trial(found, samples, max_length)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     skipping = without_head(found.model) if can_skip_head(found.model, device) else nullcontext()
-    with torch.no_grad(), skipping, explained(found, tuple(ids.shape)):
+    with torch.no_grad(), skipping, explained(found, tuple(next(iter(inputs.values())).shape)):
         found.model(**inputs)
         begin = time.perf_counter()
         found.model(**inputs)
-        seconds = (time.perf_counter() - begin) / _TOKENS * samples * max_length
+        seconds = (time.perf_counter() - begin) * units
         with Calibration(found.model) as calibration:
             found.model(**inputs)
     print_sites(calibration.sites(), calibration.silent_ports(), seconds, as_json=given["as_json"])
+
+
+def _trial(found: OpenedModel, samples: int, max_length: int) -> tuple[dict[str, Any], float]:
+    """Arguments of a small forward pass, and how many such passes the whole measurement is."""
+    import numpy as np
+    import torch
+
+    from calib.measurement.head import takes_cache
+    from calib.models.takes import parameters_of, takes, writes
+
+    kinds = takes(found.model)
+    decoder = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if writes(found.model) else {}
+    if "text" in kinds or not kinds:
+        cache = {"use_cache": False} if takes_cache(found.model) else {}
+        ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+        return {"input_ids": ids, **decoder, **cache}, samples * max_length / _TOKENS
+    processor = require_processor(found, kinds)
+    if "image" in kinds:
+        grey = np.full((64, 64, 3), 128, np.uint8)
+        made = getattr(processor, "image_processor", processor)(images=[grey], return_tensors="pt")
+    else:
+        extractor = getattr(processor, "feature_extractor", processor)
+        rate = extractor.sampling_rate
+        made = extractor(np.zeros(rate, np.float32), sampling_rate=rate, return_tensors="pt")
+    names = parameters_of(found.model)
+    return {name: v for name, v in made.items() if names is None or name in names} | decoder, float(samples)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from calib.corpus.builtin import builtin_licence
 from calib.corpus.documents import Document, hash_documents, parse_source, read_documents, source_name
+from calib.corpus.rows import RowInputs
 from calib.corpus.selection import DomainPool, cut, interleave, share_out
 from calib.corpus.tokens import Encoder, tokenizer_sha256
 from calib.errors import CorpusError, UsageError
@@ -70,6 +71,22 @@ class TokenBlocks:
             raise UsageError(f"batch size {batch_size}: not positive; give 1 or more")
         rows = np.arange(len(self), dtype=np.int64)
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def rows_per_batch(self, tokens: int) -> int:
+        """How many rows make a batch of about so many tokens, at least one."""
+        return max(1, tokens // int(self.input_ids.shape[1]))
+
+    def inputs(self, rows: NDArray[Any], width: int | None = None) -> RowInputs:
+        """Token ids cut to the longest row, or to `width`, with a mask where rows are padded."""
+        import torch
+
+        lengths = np.minimum(self.lengths[rows], width or self.input_ids.shape[1])
+        longest = int(lengths.max())
+        valid = np.arange(longest) < lengths[:, None]
+        tensors = {"input_ids": torch.from_numpy(self.input_ids[rows, :longest])}
+        if not valid.all():
+            tensors["attention_mask"] = torch.from_numpy(valid.astype(np.int64))
+        return RowInputs(tensors, (None,) * len(rows))
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> TokenBlocks:
         """Some of the rows, in the order given, with provenance of their own."""
@@ -246,7 +263,7 @@ def _parts(document: Document, chat_template: bool) -> list[Document]:
     return parts
 
 
-def _too_short(pools: list[DomainPool], max_length: int, bos: bool) -> str:
+def _too_short(pools: list[DomainPool[Document]], max_length: int, bos: bool) -> str:
     documents = sum(pool.short_documents for pool in pools)
     tokens = sum(pool.tokens for pool in pools)
     longest = max((pool.longest for pool in pools), default=0)
@@ -256,7 +273,7 @@ def _too_short(pools: list[DomainPool], max_length: int, bos: bool) -> str:
     )
 
 
-def _notes(pools: list[DomainPool], shares: list[int], samples: int, max_length: int) -> tuple[str, ...]:
+def _notes(pools: list[DomainPool[Document]], shares: list[int], samples: int, max_length: int) -> tuple[str, ...]:
     notes = []
     for pool, share in zip(pools, shares, strict=True):
         if pool.short_documents:

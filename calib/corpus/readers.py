@@ -8,14 +8,14 @@ A text file is one document. A JSON line or parquet row is one document with the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calib.corpus.documents import Document
 from calib.errors import CorpusError
 
-__all__ = ["FIELDS", "SUFFIXES", "document_from_record", "read_path"]
+__all__ = ["FIELDS", "SUFFIXES", "document_from_record", "json_records", "parquet_records", "read_path"]
 
 FIELDS = ("text", "messages", "input_ids")
 """Fields of a record that hold content; each is optional, one must be there."""
@@ -101,7 +101,24 @@ def _read_text(path: Path, domain: str | None, fallback: str) -> Iterator[Docume
 
 @_reads(".jsonl", ".ndjson")
 def _read_jsonl(path: Path, domain: str | None, fallback: str) -> Iterator[Document]:
-    """One line, one document. Decoded line by line: a file may be larger than memory should hold twice."""
+    """One line, one document."""
+    for where, record in json_records(path):
+        document = document_from_record(record, where, domain, fallback)
+        if document is not None:
+            yield document
+
+
+@_reads(".parquet")
+def _read_parquet(path: Path, domain: str | None, fallback: str) -> Iterator[Document]:
+    """One row, one document."""
+    for where, record in parquet_records(path, FIELDS):
+        document = document_from_record(record, where, domain, fallback)
+        if document is not None:
+            yield document
+
+
+def json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """Each line with its place for errors. Decoded line by line: a file may be larger than memory should hold twice."""
     offset = 0
     with _opened(path) as lines:
         for number, raw in enumerate(lines, start=1):
@@ -115,14 +132,11 @@ def _read_jsonl(path: Path, domain: str | None, fallback: str) -> Iterator[Docum
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
                 raise CorpusError(f"{where}: not JSON ({reason}); write one JSON object per line") from error
-            document = document_from_record(record, where, domain, fallback)
-            if document is not None:
-                yield document
+            yield where, record
 
 
-@_reads(".parquet")
-def _read_parquet(path: Path, domain: str | None, fallback: str) -> Iterator[Document]:
-    """One row, one document; only the columns that matter are read."""
+def parquet_records(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Each row with its place for errors; only the columns that matter are read."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -130,14 +144,12 @@ def _read_parquet(path: Path, domain: str | None, fallback: str) -> Iterator[Doc
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in (*FIELDS, "domain") if name in names] or names[:8]
+            columns = [name for name in (*fields, "domain") if name in names] or names[:8]
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
-                    document = document_from_record(record, f"{path}: row {row}", domain, fallback)
+                    yield f"{path}: row {row}", record
                     row += 1
-                    if document is not None:
-                        yield document
     except (ArrowException, OSError) as error:
         raise CorpusError(f"{path}: not a readable parquet file ({_first_line(error)}); write it again") from error
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.corpus.documents import Document
-
 __all__ = ["Block", "DomainPool", "cut", "interleave", "share_out"]
+
+Item = TypeVar("Item")
 
 _OVERSAMPLING = 32
 """Blocks tokenized per block wanted, at most, in order to choose from more documents than would just suffice."""
@@ -60,7 +60,7 @@ def cut(
     return blocks, ids.size - start
 
 
-class DomainPool:
+class DomainPool(Generic[Item]):
     """The documents of one domain in seeded order, tokenized only as far as blocks are wanted.
 
     Args:
@@ -79,8 +79,8 @@ class DomainPool:
     def __init__(
         self,
         name: str,
-        documents: list[tuple[int, Document]],
-        blocks_of: Callable[[Document], tuple[list[NDArray[np.int64]], int, int]],
+        documents: list[tuple[int, Item]],
+        blocks_of: Callable[[Item], tuple[list[NDArray[np.int64]], int, int]],
         seed: int,
     ) -> None:
         self.name = name
@@ -120,7 +120,7 @@ class DomainPool:
         return [block for block, _ in zip(chosen, range(count), strict=False)]
 
 
-def share_out(pools: list[DomainPool], samples: int) -> list[int]:
+def share_out(pools: list[DomainPool[Item]], samples: int) -> list[int]:
     """Give every domain an equal share of `samples`; what one cannot fill goes to the others, evenly.
 
     Returns:

@@ -260,8 +260,8 @@ class Calibration:
         sites = self.sites()
         silent = self._unseen(sites)
         return [
-            every_site_fired(silent, reached(len(self.ports), self._by_weight)),
             every_modality(self.model, self.ports, self.selection, {self.ports[n].module for n in self._fired}),
+            every_site_fired(silent, reached(len(self.ports), self._by_weight)),
             every_cache_seen(self.model, self.ports, self.selection),
             every_expert_routed(self.routed.experts(), sites, self.min_expert_tokens),
             finite(sites),

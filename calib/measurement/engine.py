@@ -14,18 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from calib import __version__
-from calib.corpus import TokenBlocks
+from calib.corpus import Rows, TokenBlocks
 from calib.errors import ArtifactError, GateError, UsageError
 from calib.measurement.artifact import Measurement, plan_gate
 from calib.measurement.calibration import Calibration
+from calib.measurement.decoder import Decoder
 from calib.measurement.failure import explained
 from calib.measurement.head import can_skip_head, takes_cache, without_head
 from calib.measurement.weights import measure_weights
 from calib.models import OpenedModel, check_token_ids
 from calib.models.device import input_device
 from calib.models.evaluating import evaluating
+from calib.models.takes import parameters_of, writes
 from calib.schema.provenance import RunProvenance
 
 __all__ = ["MeasureOptions", "measure", "resume"]
@@ -77,7 +80,7 @@ class MeasureOptions:
 
 def measure(
     opened: OpenedModel,
-    blocks: TokenBlocks,
+    blocks: Rows,
     options: MeasureOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -103,13 +106,18 @@ def measure(
     """
     options = options or MeasureOptions()
     model, device = opened.model, input_device(opened.model)
-    check_token_ids(torch.from_numpy(blocks.input_ids), model)
+    if isinstance(blocks, TokenBlocks):  # examples are checked as they run
+        check_token_ids(torch.from_numpy(blocks.input_ids), model)
     batch_size = options.batch_size or _auto_batch_size(blocks, device)
     plan = blocks.batches(batch_size)
     mine = [i for i in _shard(len(plan), options.shard) if i not in set(skip)]
     if not mine:
         raise GateError("measure: all batches of this plan were measured before; nothing is left to do")
-    _settle(opened, blocks, device)
+    _settle(opened, blocks, plan[0][:1], device)
+    _check_generation(opened, blocks, options.generate)
+    decoder = Decoder(opened, options.generate, device) if writes(model) else None
+    if decoder is not None:  # what it writes is found out before anything is measured
+        decoder.prepare(blocks, [plan[0][:1], *(plan[i] for i in mine)])
     calibration = Calibration(
         model,
         sites=options.sites,
@@ -120,19 +128,18 @@ def measure(
         sink_positions=options.sink_positions,
         min_expert_tokens=options.min_expert_tokens,
         force_experts=options.force_experts,
-        keep_cache=options.generate > 0,
+        keep_cache=options.generate > 0 and decoder is None,
     )
-    _check_generation(opened, blocks, options.generate)
     started, begin = datetime.now(UTC), time.perf_counter()
     total = int(sum(blocks.lengths[plan[i]].sum() for i in mine))
     done, run = 0, []
     head = without_head(model) if not options.generate and can_skip_head(model, device) else nullcontext()
     with torch.no_grad(), evaluating(model), head, calibration, around(calibration) if around else nullcontext():
         with calibration.probe():  # of the whole plan's first row, so that all shards find the same aliases
-            _forward(opened, calibration, blocks, plan[0][:1], device, width=_PROBE_TOKENS)
+            _forward(opened, calibration, blocks, plan[0][:1], decoder, width=_PROBE_TOKENS)
         for index in mine:
             rows = plan[index]
-            _forward(opened, calibration, blocks, rows, device, generate=options.generate)
+            _forward(opened, calibration, blocks, rows, decoder, generate=options.generate)
             run.append(index)
             done += int(blocks.lengths[rows].sum())
             if progress is not None:
@@ -162,15 +169,14 @@ def measure(
         min_expert_tokens=options.min_expert_tokens,
         force_experts=options.force_experts,
         generate=options.generate,
+        decoder=decoder.counts(plan[i] for i in run) if decoder is not None else {},
     )
     sites = calibration.sites()
     gates = [*calibration.gates(), plan_gate(provenance)]
     return Measurement(sites, weights, opened.provenance, blocks.provenance, provenance, gates)
 
 
-def resume(
-    opened: OpenedModel, blocks: TokenBlocks, held: Measurement, options: MeasureOptions, **more: Any
-) -> Measurement:
+def resume(opened: OpenedModel, blocks: Rows, held: Measurement, options: MeasureOptions, **more: Any) -> Measurement:
     """Measures the batches of the plan that `held` lacks and merges both: equal to one run without a break.
 
     Args:
@@ -206,59 +212,83 @@ def resume(
 def _forward(
     opened: OpenedModel,
     calibration: Calibration,
-    blocks: TokenBlocks,
+    blocks: Rows,
     rows: np.ndarray[Any, Any],
-    device: torch.device,
+    decoder: Decoder | None,
     *,
     width: int | None = None,
     generate: int = 0,
 ) -> None:
     """One batch, or the first `width` tokens of it. Padding is cut to the longest row and masked.
 
-    With `generate` the model goes on greedily for that many tokens.
+    With `generate` the model goes on greedily for that many tokens; a decoder with tokens of its own reads them all
+    in one pass.
     """
-    lengths = np.minimum(blocks.lengths[rows], width or blocks.input_ids.shape[1])
-    width = int(lengths.max())
-    ids = blocks.input_ids[rows, :width]
-    valid = np.arange(width) < lengths[:, None]
-    domain = blocks.domain[rows].astype(np.int16)
-    calibration.annotate(document=blocks.document[rows], domain=domain, valid=valid, passes=max(1, generate))
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(device)}
-    if not valid.all():
-        inputs["attention_mask"] = torch.from_numpy(valid.astype(np.int64)).to(device)
-    if takes_cache(opened.model):
-        inputs["use_cache"] = calibration.watches_cache
     model: Any = opened.model
-    with explained(opened, ids.shape):
-        if generate:
-            exactly = {"max_new_tokens": generate, "min_new_tokens": generate}
-            model.generate(inputs["input_ids"], do_sample=False, num_beams=1, pad_token_id=0, **exactly)
+    device = input_device(model)
+    inputs: dict[str, Any] = {name: t.to(device) for name, t in blocks.inputs(rows, width).tensors.items()}
+    ids, valid = inputs.get("input_ids"), None
+    if ids is not None and not isinstance(blocks, TokenBlocks):
+        check_token_ids(ids.cpu(), model)
+    if ids is not None and decoder is None:
+        valid = _valid(ids, inputs.get("attention_mask"))
+    domain = blocks.domain[rows].astype(np.int16)
+    steps = generate if decoder is None else 0
+    calibration.annotate(document=blocks.document[rows], domain=domain, valid=valid, passes=max(1, steps))
+    if decoder is not None:
+        inputs |= decoder.inputs(rows)
+    with explained(opened, _shape(inputs)):
+        if steps:
+            exactly = {"max_new_tokens": steps, "min_new_tokens": steps}
+            model.generate(**inputs, do_sample=False, num_beams=1, pad_token_id=0, **exactly)
         else:
-            model(**inputs)
+            model(**inputs, **_cache_option(model, calibration))
 
 
-def _settle(opened: OpenedModel, blocks: TokenBlocks, device: torch.device) -> None:
+def _valid(ids: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray[Any, Any]:
+    """Which tokens count, bool ``[rows, tokens]``."""
+    if mask is None or mask.shape != ids.shape:
+        return np.ones(tuple(ids.shape), np.bool_)
+    valid: np.ndarray[Any, Any] = mask.bool().cpu().numpy()
+    return valid
+
+
+def _shape(inputs: dict[str, Any]) -> tuple[int, ...]:
+    first = inputs.get("input_ids")
+    return tuple((next(iter(inputs.values())) if first is None else first).shape)
+
+
+def _cache_option(model: nn.Module, calibration: Calibration) -> dict[str, bool]:
+    names = parameters_of(model)
+    if not takes_cache(model) or (names is not None and "use_cache" not in names):
+        return {}
+    return {"use_cache": calibration.watches_cache}
+
+
+def _settle(opened: OpenedModel, blocks: Rows, rows: np.ndarray[Any, Any], device: torch.device) -> None:
     """Runs a quantized checkpoint on a few tokens: some unpack their weights, and change modules, on the first call."""
     if getattr(getattr(opened.model, "config", None), "quantization_config", None) is None:
         return
-    ids = torch.from_numpy(blocks.input_ids[:1, :2]).to(device)
-    with torch.no_grad(), evaluating(opened.model), explained(opened, tuple(ids.shape)):
-        opened.model(input_ids=ids)
+    inputs = {name: tensor.to(device) for name, tensor in blocks.inputs(rows, 2).tensors.items()}
+    if writes(opened.model):
+        inputs["decoder_input_ids"] = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
+    with torch.no_grad(), evaluating(opened.model), explained(opened, _shape(inputs)):
+        opened.model(**inputs)
 
 
-def _check_generation(opened: OpenedModel, blocks: TokenBlocks, generate: int) -> None:
+def _check_generation(opened: OpenedModel, blocks: Rows, generate: int) -> None:
     if generate < 0:
         raise UsageError(f"--generate {generate}: negative; pass a number of tokens")
     can = getattr(opened.model, "can_generate", None)
     if generate and not (can is not None and can()):
         raise UsageError(f"--generate: {type(opened.model).__name__} does not generate; leave the option out")
-    if generate and len(set(blocks.lengths.tolist())) > 1:
+    if generate and blocks.provenance.layout == "documents":
         raise UsageError("--generate: needs blocks of equal length; pass --layout blocks")
 
 
-def _auto_batch_size(blocks: TokenBlocks, device: torch.device) -> int:
+def _auto_batch_size(blocks: Rows, device: torch.device) -> int:
     tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH["cuda"])
-    return max(1, tokens // int(blocks.input_ids.shape[1]))
+    return blocks.rows_per_batch(tokens)
 
 
 def _shard(batches: int, shard: tuple[int, int]) -> list[int]:

@@ -23,7 +23,8 @@ def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None) -> Iter
 
     Args:
         opened: the model.
-        shape: of the token ids that it runs on, ``(rows, tokens)``; None while its weights are measured.
+        shape: of the token ids that it runs on, ``(rows, tokens)``, or of pictures or sound; None while its weights
+            are measured.
 
     Raises:
         ModelError: memory did not suffice, or the model cannot run on such token ids.
@@ -40,9 +41,12 @@ def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None) -> Iter
         if shape is None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        ids = len(shape) == 2
+        helps = "check --max-length against the model's context, and that the model takes token ids"
         raise ModelError(
-            f"{opened.provenance.name}: its forward pass failed on token ids {shape[0]} x {shape[1]} ({reason}); "
-            "check --max-length against the model's context, and that the model takes token ids"
+            f"{opened.provenance.name}: its forward pass failed on {'token ids' if ids else 'inputs'} "
+            f"{' x '.join(map(str, shape))} ({reason}); "
+            + (helps if ids else "check that the processor beside the weights belongs to this model")
         ) from error
 
 
@@ -54,9 +58,12 @@ def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...] | None) -> ModelE
         where = "while its weights were measured"
         helps.append("--device with more memory")
     else:
-        where = f"in a batch of {shape[0]} x {shape[1]} tokens"
-        smaller = f"--batch-size {shape[0] // 2}" if shape[0] > 1 else f"--max-length {max(2, shape[1] // 2)}"
-        helps = [smaller, *helps, "--statistics ranges"]
+        where = f"in a batch of {' x '.join(map(str, shape))}" + (" tokens" if len(shape) == 2 else "")
+        if shape[0] > 1:
+            helps.insert(0, f"--batch-size {shape[0] // 2}")
+        elif len(shape) == 2:
+            helps.insert(0, f"--max-length {max(2, shape[1] // 2)}")
+        helps.append("--statistics ranges")
     return ModelError(
         f"{opened.provenance.name}: out of memory {where}, beside {weights / 1e9:.1f} GB of weights; "
         f"pass {' or '.join(helps)}"

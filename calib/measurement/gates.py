@@ -50,7 +50,7 @@ def reached(ports: int, by_weight: Iterable[str]) -> str:
         ports: how many there are.
         by_weight: modules whose weight the model uses without calling them.
     """
-    names = sorted(by_weight)
+    names = sorted(name or "the model itself" for name in by_weight)
     unseen = f"; not measured, for the model uses the weight without the module: {_shown(names)}" if names else ""
     return f"{ports} ports{unseen}"
 
@@ -73,8 +73,8 @@ def every_modality(model: nn.Module, ports: Sequence[Port], selection: Selection
     return Gate(
         "every_modality",
         False,
-        f"nothing reached {_shown(outer)}: the data has no images, audio or text for it; run data of the model's "
-        "processor inside `Calibration`, or leave it out with --ignore",
+        f"nothing reached {_shown(outer)}: the data has no images, audio or text for it; pass -d with some (see "
+        "docs/corpus.md), or leave it out with --ignore",
         tuple(outer),
     )
 
@@ -82,8 +82,9 @@ def every_modality(model: nn.Module, ports: Sequence[Port], selection: Selection
 def every_cache_seen(model: nn.Module, ports: Sequence[Port], selection: Selection) -> Gate:
     """Whether every attention that is given a cache has ports for keys and values; some attend in their own way."""
     layers = [name for name in cached_attentions(model) if selection.keeps([f"{name}:key"], "key")]
-    seen = {port.module for port in ports if port.port == "key"}
-    unseen = [name for name in layers if name not in seen]
+    seen = [f"{port.module}." for port in ports if port.port == "key"]
+    # the attention may lie inside the module that is handed the cache
+    unseen = [name for name in layers if not any(module.startswith(f"{name}.") for module in seen)]
     if not unseen:
         return Gate("every_cache_seen", True, f"{len(layers)} layers" if layers else "no cache")
     return Gate(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer and the image processor that lie beside the weights, where there are any that work."""
+"""The tokenizer and the processor that lie beside the weights, where there are any that work."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from calib.errors import ModelError
 from calib.models.checkpoint import TOKENIZER_FILES
 from calib.models.reason import reason
 
-__all__ = ["load_processor", "load_tokenizer"]
+__all__ = ["load_processor", "load_tokenizer", "processor_fault"]
 
 logger = logging.getLogger(__name__)
+
+PROCESSOR_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
 
 
 def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any | None:
@@ -54,14 +56,42 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
 
 
 def load_processor(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any | None:
-    """The image processor of a checkpoint; None when it has none or its libraries are not installed."""
-    from transformers import AutoImageProcessor
+    """The processor of a checkpoint, or its image processor or feature extractor; None when it has none that works.
 
-    if not (folder / "preprocessor_config.json").is_file():
+    Text can be measured without: `processor_fault` tells why where pictures or sound are to be.
+    """
+    try:
+        return _processor(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any processor class: Pillow, torchvision, and code of the checkpoint are optional
+        logger.warning("%s: no processor, only text can be measured: %s", name, reason(error))
+        return None
+
+
+def processor_fault(folder: Path) -> str:
+    """Why `load_processor` found none, in words."""
+    if not any((folder / file).is_file() for file in PROCESSOR_FILES):
+        return f"there is no {PROCESSOR_FILES[-1]} beside its weights"
+    try:
+        _processor(folder)
+    except Exception as error:  # as above
+        return " ".join(reason(error).split())
+    return "its processor makes neither pictures nor sound to tensors"
+
+
+def _processor(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedTokenizerBase
+
+    if not any((folder / file).is_file() for file in PROCESSOR_FILES):
         return None
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # Pillow and torchvision are optional: tensors can be measured without them.
-        logger.warning("%s: no image processor: %s", name, reason(error))
-        return None
+        found = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not isinstance(found, PreTrainedTokenizerBase):
+            return found
+    except Exception:  # of any processor class; what follows may still do, else this is what is told
+        for alone in (AutoImageProcessor, AutoFeatureExtractor):
+            try:
+                return alone.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            except Exception as error:
+                logger.debug("%s: %s", alone.__name__, error)
+        raise
+    return None

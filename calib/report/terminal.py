@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calib.measurement.artifact import Measurement
     from calib.measurement.site import Site
     from calib.scales import MethodRow
+    from calib.schema.provenance import CorpusProvenance
     from calib.schema.scales import ScaleFile
 
 __all__ = ["print_json", "print_measurement", "print_scales", "print_sites", "sparkline", "terminal"]
@@ -62,6 +63,14 @@ def print_json(path: Path) -> None:
     sys.stdout.write(json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False) + "\n")
 
 
+def _amount(corpus: CorpusProvenance) -> str:
+    if corpus.layout != "examples":
+        return f"{corpus.blocks} blocks, {corpus.tokens:,} tokens"
+    held = {"image": "pictures", "audio": "sounds", "target": "targets"}
+    parts = [f"{count} {held[kind]}" for kind, count in corpus.holds.items()]
+    return f"{corpus.blocks} examples ({', '.join([*parts, f'{corpus.tokens:,} tokens'])})"
+
+
 def print_measurement(measurement: Measurement, tokenizer: Any | None) -> None:
     """Global peak and its place, peaks per kind, the residual stream by layer, overflow risks, gates."""
     console = terminal()
@@ -70,7 +79,7 @@ def print_measurement(measurement: Measurement, tokenizer: Any | None) -> None:
     corpus = measurement.corpus
     console.print(
         f"[bold]{escape(measurement.model.name)}[/]  {measurement.model.architecture}, {measurement.run.dtype}; "
-        f"{corpus.blocks} blocks, {corpus.tokens:,} tokens, {len(corpus.domains)} domains; "
+        f"{_amount(corpus)}, {len(corpus.domains)} domains; "
         f"{len(sites)} tensors, {len(measurement.weights)} weights"
     )
     console.print(f"[bold]peak {_number(top.statistics.range.amax)}[/] at {escape(top.name)}{_place(top, tokenizer)}")

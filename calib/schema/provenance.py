@@ -62,8 +62,9 @@ class CorpusProvenance(Strict):
     """The exact token blocks that were run."""
 
     sources: list[SourceProvenance]
-    layout: Literal["blocks", "documents", "user"] = Field(
+    layout: Literal["blocks", "documents", "examples", "user"] = Field(
         description="blocks: equal-length blocks of one document each; documents: one padded document per row; "
+        "examples: pictures, sound or pairs of text, each as the model's processor makes them; "
         "user: the user's own loop"
     )
     blocks: int = Field(ge=0)
@@ -76,7 +77,9 @@ class CorpusProvenance(Strict):
     add_bos: bool
     chat_template_sha256: str | None = Field(default=None, description="Set exactly when the template was applied")
     tokenizer_sha256: str | None = None
-    content_sha256: str = Field(description="Hash of token ids, lengths, documents and domains in order")
+    content_sha256: str = Field(description="Hash of token ids, lengths, documents and domains in order; of examples, "
+                                "of every argument of the model")  # fmt: skip
+    holds: dict[str, int] = Field(default_factory=dict, description="Of examples: how many of image, audio, target")
 
 
 class RunProvenance(Strict):
@@ -100,4 +103,9 @@ class RunProvenance(Strict):
     protocol: str | None = None
     min_expert_tokens: int = Field(default=1, description="Fewest tokens of an expert for its gate to hold")
     generate: int = Field(default=0, description="Tokens that each block was continued by, greedily, and measured")
+    decoder: dict[str, int] = Field(
+        default_factory=dict,
+        description="Encoder-decoder models: rows whose decoder read their own target, and rows whose decoder read "
+        "what the model writes greedily (greedy)",
+    )
     force_experts: bool = Field(default=False, description="Experts without tokens were measured on some, and marked")
