@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from calib.cli.options import model_options, output_options
-from calib.errors import UsageError
+from calib.errors import ArtifactError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from calib.models import OpenedModel
-    from calib.schema.distill import DistillRecipe
+    from calib.schema.distill import DistillRecipe, DistillReport
 
 __all__ = ["command"]
 
@@ -35,18 +38,7 @@ def command() -> None:
 @click.option("--row-memory", default=1000, show_default=True, help="MB for centroids of a language model.")
 @model_options
 @output_options
-def cmi(
-    model: str,
-    data: str,
-    split: str,
-    samples: int | None,
-    temperatures: tuple[float, ...],
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    row_memory: int,
-    **given: Any,
-) -> None:
+def cmi(model: str, **given: Any) -> None:
     """Print CMI, separation, NCMI, log-likelihood, accuracy and ECE of a classifier over a data set.
 
     DATA is a folder with one folder of images per class, a folder of IDX files as MNIST's, a folder with SPLIT.jsonl,
@@ -68,41 +60,33 @@ def cmi(
         names = ("revision", "task", "dtype", "device", "trust_remote_code")
         opened = open_model(model, **{name: given[name] for name in names})
         if opened.task == "text-generation":
-            _language_cmi(opened, model, data, samples, temperatures, batch_size, max_length, seed, row_memory, given)
+            _language_cmi(opened, model, given)
             return
         classifier = classifier_of(opened, model)
-    records = read_records(data, split)
+    records = read_records(given["data"], given["split"])
+    samples = given["samples"]
     if samples is not None and samples < len(records):
-        records = records.select(stratified_share(records.labels, samples / len(records), seed))
-    classifier = replace(classifier, max_length=max_length)
-    loader = classifier.loader(classifier.dataset(records), batch_size=batch_size)
-    found = measure_information(classifier.model, loader, task=classifier.task, temperatures=temperatures)
-    print_information(model, f"{data} ({split})", [one.summary() for one in found], as_json=given["as_json"])
+        records = records.select(stratified_share(records.labels, samples / len(records), given["seed"]))
+    classifier = replace(classifier, max_length=given["max_length"])
+    loader = classifier.loader(classifier.dataset(records), batch_size=given["batch_size"])
+    found = measure_information(classifier.model, loader, task=classifier.task, temperatures=given["temperatures"])
+    name = f"{given['data']} ({given['split']})"
+    print_information(model, name, [one.summary() for one in found], as_json=given["as_json"])
 
 
-def _language_cmi(
-    opened: OpenedModel,
-    model: str,
-    data: str,
-    samples: int | None,
-    temperatures: tuple[float, ...],
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    row_memory: int,
-    given: dict[str, Any],
-) -> None:
+def _language_cmi(opened: OpenedModel, model: str, given: dict[str, Any]) -> None:
     from calib.corpus import build_blocks
     from calib.distill.language import language_information
     from calib.report.distill import print_information
 
-    blocks = build_blocks([data], opened.tokenizer, samples=samples or 128, max_length=max_length, seed=seed)
+    data, temperatures = given["data"], given["temperatures"]
+    size = {"samples": given["samples"] or 128, "max_length": given["max_length"], "seed": given["seed"]}
     found, grouping = language_information(
         opened.model,
-        blocks,
-        batch_size=batch_size,
+        build_blocks([data], opened.tokenizer, **size),
+        batch_size=given["batch_size"],
         temperatures=temperatures,
-        memory_bytes=row_memory * 1_000_000 // len(temperatures),
+        memory_bytes=given["row_memory"] * 1_000_000 // len(temperatures),
     )
     print_information(model, data, [one.summary() for one in found], as_json=given["as_json"])
     if not given["as_json"]:
@@ -116,31 +100,84 @@ def _language_cmi(
 @click.option("-c", "--config", required=True, type=click.Path(path_type=Path), help="Recipe (YAML).")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--resume", is_flag=True, help="Go on with a run of this recipe that was broken off.")
 @output_options
-def run(config: Path, output: Path, device: str, *, overwrite: bool, as_json: bool, quiet: bool, verbose: int) -> None:
+def run(
+    config: Path, output: Path, device: str, resume: bool, *, overwrite: bool, as_json: bool, quiet: bool, verbose: int
+) -> None:
     """Train or open a teacher, fine-tune it to MCMI beside its control, train students, and compare.
 
-    Writes report.json, the teachers of the first seed and, for images, a picture of where they look.
+    Writes report.json, README.md (a model card), log.csv and curves.png (losses), the teachers of the first seed and,
+    for images, a picture of where they look. Checkpoints are kept beside OUTPUT until the run is complete: after a kill
+    --resume comes to the same result. Several GPUs: accelerate launch -m calib distill run ...
     """
+    from calib.distill.ranks import Ranks
     from calib.distill.run import run_recipe
     from calib.output import output_folder, require_free
     from calib.report.distill import print_report
+    from calib.report.progress import progress_lines
     from calib.report.terminal import print_json
 
     recipe = _recipe(config)
+    if int(os.environ.get("RANK", "0")):  # one of several processes, and not the one that writes
+        Ranks(cpu=device == "cpu").wait()
+        with tempfile.TemporaryDirectory() as folder:
+            run_recipe(recipe, Path(folder), device=device, work=_checkpoints(output))
+        return
     require_free(output, overwrite=overwrite)
-
-    def progress(line: str) -> None:
-        if not quiet and not as_json and (verbose or " epoch " not in line):
-            click.echo(line, err=True)
-
-    with output_folder(output, overwrite=overwrite) as folder:
-        report = run_recipe(recipe, folder, device=device, progress=progress)
+    work = _work_folder(output, recipe, resume=resume, overwrite=overwrite)
+    Ranks(cpu=device == "cpu").wait()
+    try:
+        with (
+            progress_lines(quiet=quiet or as_json, verbose=bool(verbose)) as progress,
+            output_folder(output, overwrite=overwrite) as folder,
+        ):
+            report = run_recipe(recipe, folder, device=device, progress=progress, work=work)
+            _picture_and_card(report, folder)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{output}: interrupted; what was trained is kept, --resume goes on from there") from None
+    finally:
+        # nothing to go on from: a run that failed before its first checkpoint leaves nothing behind
+        if not any(work.rglob("*.safetensors")):
+            shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     if as_json:
         print_json(output / "report.json")
     elif not quiet:
         print_report(report)
         click.echo(f"written: {output / 'report.json'}")
+
+
+def _checkpoints(output: Path) -> Path:
+    return output.absolute().with_name(f"{output.absolute().name}.checkpoints")
+
+
+def _work_folder(output: Path, recipe: DistillRecipe, *, resume: bool, overwrite: bool) -> Path:
+    """The folder of the checkpoints, which holds the recipe that they are of."""
+    work = _checkpoints(output)
+    record, text = work / "recipe.json", recipe.model_dump_json(indent=1) + "\n"
+    if work.exists():
+        if resume and record.exists() and record.read_text(encoding="utf-8") != text:
+            raise ArtifactError(f"{work}: is of another recipe; pass the recipe that it holds, or remove it")
+        if not (resume or overwrite):
+            raise UsageError(f"{work}: a run was broken off; --resume goes on with it, --overwrite starts anew")
+        if not resume:
+            shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    record.write_text(text, encoding="utf-8")
+    return work
+
+
+def _picture_and_card(report: DistillReport, folder: Path) -> None:
+    from calib.distill.training_log import FILE, read_log
+    from calib.report.curves import draw_curves
+    from calib.report.distill_card import write_card
+
+    try:
+        draw_curves(read_log(folder / FILE), folder / "curves.png")
+    except (UsageError, ArtifactError) as error:
+        click.echo(f"no picture of the learning curves: {error}", err=True)
+    write_card(report, folder)
 
 
 def _recipe(path: Path) -> DistillRecipe:

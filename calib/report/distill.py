@@ -14,9 +14,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from calib.distill.information import InformationSummary
-    from calib.schema.distill import DistillReport
+    from calib.schema.distill import DistillReport, StudentRow
 
-__all__ = ["print_information", "print_report"]
+__all__ = ["by_seed", "deployment_cells", "print_information", "print_report", "student_label"]
 
 _WIDTH = 140
 
@@ -75,14 +75,15 @@ def print_report(report: DistillReport) -> None:
     table = Table(title="students, test data after the last step, mean over seeds")
     for column in columns:
         table.add_column(column, justify="left" if column in ("condition", "student by") else "right")
-    for condition, framework, teacher in dict.fromkeys((r.condition, r.framework, r.teacher) for r in report.students):
-        found = [r for r in report.students if (r.condition, r.framework, r.teacher) == (condition, framework, teacher)]
+    several = report.recipe.student.quantization is not None
+    for group in by_seed(report.students):
         keys = ("omitted_recall", "kept_accuracy") if zero_shot else ("accuracy",)
-        label = framework if teacher == "none" else f"{framework} of {teacher}"
-        table.add_row(
-            escape(condition), str(found[0].samples), label, *(_mean([getattr(r, k) for r in found], 4) for k in keys)
-        )
+        first = group[0]
+        means = [_mean([getattr(row, key) for row in group], 4) for key in keys]
+        table.add_row(escape(first.condition), str(first.samples), student_label(first, variant=several), *means)
     console.print(table)
+    if several:
+        console.print(_deployments(report))
     for gain in report.gains:
         spread = "" if gain.standard_error is None else f" +- {gain.standard_error:.4f} s.e."
         console.print(
@@ -93,6 +94,61 @@ def print_report(report: DistillReport) -> None:
         console.print("covered area " + ", ".join(f"{name} {area:.1%}" for name, area in report.covered_area.items()))
     for warning in report.warnings:
         console.print(f"[yellow]note[/] {escape(warning)}")
+
+
+def student_label(row: StudentRow, *, variant: bool) -> str:
+    """How a student was trained, in words."""
+    label = row.framework if row.teacher == "none" else f"{row.framework} of {row.teacher}"
+    return f"{label}, {row.variant}" if variant else label
+
+
+def by_seed(students: Sequence[StudentRow]) -> list[list[StudentRow]]:
+    """Rows that differ in their seed only, in order."""
+    groups: dict[tuple[str, ...], list[StudentRow]] = {}
+    for row in students:
+        groups.setdefault((row.condition, row.framework, row.teacher, row.variant), []).append(row)
+    return list(groups.values())
+
+
+def deployment_cells(rows: Sequence[StudentRow]) -> dict[str, str]:
+    """What quantization makes of a student, means over seeds, by column; a column that was not measured is empty."""
+    found = [row.deployment for row in rows if row.deployment is not None]
+
+    def accuracy(bits: int | None, scales: str) -> str:
+        values = [
+            row.accuracy
+            for one in found
+            for row in one.quantized
+            if row.scales == scales and bits in (None, row.weight_bits)
+        ]
+        return f"{sum(values) / len(values):.2%}" if values else ""
+
+    sizes = (found[0].float_bytes, *found[0].bytes_by_weight_bits.values())
+    latencies = [one.latency for one in found if one.latency is not None]
+    return {
+        "worst peak / rms": _mean([one.peaks[0].peak_over_rms for one in found], 1),
+        "float": f"{sum(one.accuracy for one in found) / len(found):.2%}",
+        "INT8": accuracy(8, "measured"),
+        "INT4 weights": accuracy(4, "measured"),
+        "as trained": accuracy(None, "learned"),
+        "MB: float, INT8, INT4": ", ".join(f"{size / 1e6:.2f}" for size in sizes),
+        "ms: float, INT8": ", ".join(
+            _mean([getattr(one, key) for one in latencies], 2) for key in ("float_ms", "int8_ms") if latencies
+        ),
+    }
+
+
+def _deployments(report: DistillReport) -> Table:
+    table = Table(title="quantized: INT8 activations, static, per tensor; weights per row; test data, mean over seeds")
+    groups = [rows for rows in by_seed(report.students) if all(row.deployment for row in rows)]
+    for column in ("condition", "student by"):
+        table.add_column(column)
+    for column in deployment_cells(groups[0]):
+        table.add_column(column, justify="right")
+    for rows in groups:
+        cells = deployment_cells(rows).values()
+        table.add_row(escape(rows[0].condition), student_label(rows[0], variant=True), *cells)
+    return table
 
 
 def _mean(values: Sequence[float | int | bool | None], digits: int) -> str:

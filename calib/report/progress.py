@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["progress"]
+__all__ = ["progress", "progress_lines"]
 
 _LOG_SECONDS = 15.0
 
@@ -62,3 +62,41 @@ def _log(word: str) -> Callable[[int, int], None]:
         sys.stderr.write(f"{word} {done:,} of {total:,} tokens, {rate:,.0f} tokens/s, {left:.0f} s left\n")
 
     return report
+
+
+@contextmanager
+def progress_lines(*, quiet: bool = False, verbose: bool = False) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call with lines; those about an epoch come and go on a terminal, and rarely in a log.
+
+    Args:
+        quiet: no line at all.
+        verbose: every line stays.
+    """
+    if quiet:
+        yield lambda line: None
+    elif sys.stderr.isatty() and not verbose:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        with console.status("") as status:
+
+            def show(line: str) -> None:
+                if " epoch " in line:
+                    status.update(line)
+                else:
+                    console.print(line, markup=False)
+
+            yield show
+    else:
+        last = -_LOG_SECONDS
+
+        def write(line: str) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if " epoch " in line and not verbose:
+                if now - last < _LOG_SECONDS:
+                    return
+                last = now
+            sys.stderr.write(line + "\n")
+
+        yield write

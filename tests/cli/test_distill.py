@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,9 @@ def test_run_writes_a_report_and_prints_it(vectors: Path, capsys: pytest.Capture
     assert "MCMI against control" in printed
     assert {path.name for path in (vectors / "out").iterdir()} == {
         "report.json",
+        "README.md",
+        "log.csv",
+        "curves.png",
         "teacher-mll",
         "teacher-control",
         "teacher-mcmi",
@@ -100,6 +105,35 @@ def test_run_writes_a_report_and_prints_it(vectors: Path, capsys: pytest.Capture
     assert "--overwrite" in capsys.readouterr().err
     assert run(*arguments, "--overwrite", "--json") == 0
     assert json.loads(capsys.readouterr().out)["format"] == "calib.distillation"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_to_the_same_report(vectors: Path) -> None:
+    """SIGKILL at moments that nobody chose; two runs of one recipe differ in nothing, so neither may these."""
+    long = RECIPE.replace("epochs: 1, batch_size: 8", "epochs: 150, batch_size: 8").replace("epochs: 1}", "epochs: 4}")
+    (vectors / "recipe.yaml").write_text(long.format(source=vectors))
+
+    def command(out: str, *more: str) -> list[str]:
+        arguments = ["distill", "run", "-c", str(vectors / "recipe.yaml"), "-o", str(vectors / out)]
+        return [sys.executable, "-m", "calib", *arguments, "--device", "cpu", *more]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    killed = 0
+    for seconds in (6.0, 7.0, 8.0, 9.0):
+        process = subprocess.Popen(command("broken", "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert killed
+    assert not (vectors / "broken").exists()
+    assert run(*command("broken")[3:]) == 2  # neither --resume nor --overwrite
+    subprocess.run(command("broken", "--resume"), check=True, capture_output=True)
+    assert not (vectors / "broken.checkpoints").exists()
+    for name in ("report.json", "log.csv", "teacher-mcmi/model.safetensors"):
+        assert (vectors / "broken" / name).read_bytes() == (vectors / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
