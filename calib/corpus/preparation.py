@@ -110,6 +110,7 @@ class Preparation:
     def _in_template(self, example: Example, pictures: list[Any], sound: NDArray[np.float32] | None) -> Any:
         parts: list[dict[str, Any]] = [{"type": "image"} for _ in pictures]
         parts += [{"type": "audio"}] * (sound is not None)
+        messages: list[dict[str, Any]]
         if example.messages is None:
             parts += [{"type": "text", "text": example.text}] if example.text else []
             messages = [{"role": "user", "content": parts}]
@@ -123,7 +124,7 @@ class Preparation:
 
 def _with_parts(example: Example, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with a part for each picture and sound; what the messages do not place stands first."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {
             **m,
             "content": [{"type": "text", "text": m["content"]}] if isinstance(m.get("content"), str) else m["content"],

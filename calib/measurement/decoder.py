@@ -15,6 +15,7 @@ from calib.errors import ModelError
 from calib.measurement.failure import explained
 from calib.models import OpenedModel
 from calib.models.evaluating import evaluating
+from calib.models.quiet import quiet_transformers
 
 __all__ = ["Decoder"]
 
@@ -54,7 +55,7 @@ class Decoder:
                 written = self._write(given.tensors)
             for place, (row, target) in enumerate(zip(rows, given.targets, strict=True)):
                 if int(row) not in self._labels:
-                    self._labels[int(row)] = target if target is not None else written[place]
+                    self._labels[int(row)] = written[place] if target is None else self._without_start(target)
                     self._taught[int(row)] = target is not None
 
     def inputs(self, rows: NDArray[Any]) -> dict[str, torch.Tensor]:
@@ -77,22 +78,36 @@ class Decoder:
         return {name: count for name, count in found.items() if count}
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> list[Ids]:
-        """What the model writes for each row, without the start token, up to the first end token."""
+        """What the model writes for each row, without the start token, up to the first end token.
+
+        By transformers' own greedy loop: a model's version of it (Whisper's) may leave tokens out of what it returns.
+        """
+        from transformers import GenerationMixin
+
         model: Any = self._opened.model
         inputs = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         shape = tuple(next(iter(inputs.values())).shape)
-        with torch.no_grad(), evaluating(model), explained(self._opened, shape):
-            out = model.generate(**inputs, max_new_tokens=self._tokens, do_sample=False, num_beams=1)
-        sequences = out if isinstance(out, torch.Tensor) else out["sequences"]
-        return [self._cut(row) for row in sequences.cpu().numpy()]
+        with torch.no_grad(), evaluating(model), quiet_transformers(), explained(self._opened, shape):
+            out = GenerationMixin.generate(
+                model,
+                **inputs,
+                max_new_tokens=self._tokens,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=False,
+            )
+        return [self._cut(row) for row in out.cpu().numpy()]
 
     def _behind_start(self, labels: Ids) -> Ids:
         """The start token and all labels but the last, which is never read."""
-        own = labels[1:] if labels.size and labels[0] == self._start else labels
-        return np.concatenate([np.array([self._start], np.int64), own[:-1]])
+        return np.concatenate([np.array([self._start], np.int64), labels[:-1]])
+
+    def _without_start(self, target: Ids) -> Ids:
+        """Some tokenizers begin a target with the start token itself."""
+        return target[1:] if target.size and target[0] == self._start else target
 
     def _cut(self, sequence: Ids) -> Ids:
-        own = sequence[1:] if sequence.size and sequence[0] == self._start else sequence
+        own = sequence[1:]
         ends = np.flatnonzero(np.isin(own, self._end))
         return np.asarray(own[: ends[0] + 1] if ends.size else own, np.int64)
 

@@ -10,6 +10,7 @@ from typing import Any
 from calib.errors import ModelError
 from calib.models.checkpoint import TOKENIZER_FILES
 from calib.models.reason import reason
+from calib.models.video import processor_without_video
 
 __all__ = ["load_processor", "load_tokenizer", "processor_fault"]
 
@@ -88,10 +89,11 @@ def _processor(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
         if not isinstance(found, PreTrainedTokenizerBase):
             return found
     except Exception:  # of any processor class; what follows may still do, else this is what is told
-        for alone in (AutoImageProcessor, AutoFeatureExtractor):
+        alone = [c.from_pretrained for c in (AutoImageProcessor, AutoFeatureExtractor)]
+        for load in (processor_without_video, *alone):
             try:
-                return alone.from_pretrained(folder, trust_remote_code=trust_remote_code)
+                return load(folder, trust_remote_code=trust_remote_code)
             except Exception as error:
-                logger.debug("%s: %s", alone.__name__, error)
+                logger.debug("%s: %s", load, error)
         raise
     return None
