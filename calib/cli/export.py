@@ -23,6 +23,7 @@ __all__ = ["command"]
 @click.option("--model", help="The model that was measured; formats with weights or graph names need it.")
 @click.option("--measurement", type=click.Path(path_type=Path), help="That the scales were chosen from.")
 @click.option("--kv-cache", is_flag=True, help="Write scales of keys and values too.")
+@click.option("--kv-heads", is_flag=True, help="The same with one scale per head, where the format takes that.")
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest file of a checkpoint.")
 @model_options
 @output_options
@@ -58,6 +59,7 @@ def command(scales: Path, output: Path, to: str, **given: Any) -> None:
         to=to,
         measurement=measurement,
         kv_cache=given["kv_cache"],
+        kv_heads=given["kv_heads"],
         shard_size=given["shard_size"],
         overwrite=given["overwrite"],
     )

@@ -16,8 +16,9 @@ from torch import nn
 from calib.errors import ModelError
 from calib.export.checks import checks, consumer
 from calib.export.compare import first_output, largest_difference, token_ids
+from calib.export.compressed_tensors import kv_scales
 from calib.export.emulate import compressed_tensors_plan, float_model
-from calib.export.linears import FUSED, attention_ranges, linear_ranges
+from calib.export.linears import FUSED, AttentionRange, attention_ranges, linear_ranges
 from calib.export.read_compressed_tensors import CompressedCheckpoint, read_compressed_tensors
 from calib.export.report import ConsumerReport, Verification
 from calib.models.checkpoint import read_checkpoint
@@ -99,8 +100,9 @@ def _layers(reference: nn.Module, loaded: nn.Module, read: CompressedCheckpoint)
     return exact, worst
 
 
-def _same(states: dict[str, torch.Tensor], name: str, value: float) -> bool:
-    return name in states and float(states[name].reshape(-1)[0]) == value
+def _same(states: dict[str, torch.Tensor], name: str, value: float | torch.Tensor) -> bool:
+    wanted = torch.as_tensor(value, dtype=torch.float32).reshape(-1)
+    return name in states and torch.equal(states[name].detach().float().reshape(-1), wanted)
 
 
 def _unequal_siblings(read: CompressedCheckpoint) -> Iterator[str]:
@@ -156,9 +158,17 @@ def _against_scales(read: CompressedCheckpoint, scales: ScaleFile, *, nearest: b
             )
         if nearest:
             yield from _weight(read, name)
-    for name, (key, value) in read.kv.items():
-        if name not in kv or (key, value) != (_float8(kv[name].key), _float8(kv[name].value)):
-            yield f"{name}.k_scale, v_scale: are {key:.9g}, {value:.9g}, which is not what the scale file gives"
+    yield from _keys_and_values(read, kv)
+
+
+def _keys_and_values(read: CompressedCheckpoint, ranges: dict[str, AttentionRange]) -> Iterator[str]:
+    for name, scales in read.kv.items():
+        held = ranges.get(name)
+        for part, scale in zip(("key", "value"), scales, strict=True):
+            amax = () if held is None else getattr(held, f"{part}_heads") if read.kv_heads else (getattr(held, part),)
+            if not amax or not torch.equal(scale, kv_scales(amax, per_head=read.kv_heads)):
+                shown = ", ".join(f"{float(number):.9g}" for number in scale.reshape(-1)[:4])
+                yield f"{name}.{part[0]}_scale: is {shown}, which is not what the scale file gives"
 
 
 def _weight(read: CompressedCheckpoint, name: str) -> Iterator[str]:
@@ -181,7 +191,3 @@ def _tokenizer(read: CompressedCheckpoint, scales: ScaleFile) -> Iterator[str]:
         return
     if held != scales.model.tokenizer_sha256:
         yield "tokenizer: is not the one that the model was measured with"
-
-
-def _float8(amax: float) -> float:
-    return float(torch.tensor(amax / FLOAT8_MAX, dtype=torch.float32))

@@ -3,24 +3,24 @@
 
 The format derives a scale from a range as amax / 127.5 (symmetric, grid -128..127), (max - min) / 255 or amax / 448
 (FP8 E4M3), not as amax / 127, so scales are derived here from the ranges of `scales.json`. Weights have one scale per
-output row. Shapes that both consumers accept: ``[1]`` for inputs, keys and values, ``[out, 1]`` for weights; float32,
-for a scale in bfloat16 flips roundings. Source: compressed-tensors 0.20, `quantization/utils/helpers.py`
-(`calculate_qparams`) and `quantization/lifecycle/initialize.py`.
+output row. Shapes that both consumers accept: ``[1]`` for inputs, keys and values, ``[heads, 1, 1]`` for keys and
+values per head, ``[out, 1]`` for weights; float32, for a scale in bfloat16 flips roundings. Source: compressed-tensors
+0.20, `quantization/utils/helpers.py` (`calculate_qparams`) and `quantization/lifecycle/initialize.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calib.errors import ArtifactError, UsageError
+from calib.errors import ArtifactError, ModelError, UsageError
 from calib.export.checkpoint import copy_companions, read_config, save_weights, write_config
 from calib.export.formats import register
-from calib.export.linears import LinearRange, Linears, attention_ranges, linear_ranges
+from calib.export.linears import AttentionRange, LinearRange, Linears, attention_ranges, linear_ranges
 from calib.export.request import ExportRequest, ExportSummary
 from calib.models import OpenedModel
 from calib.quantized import QuantizedWeight
@@ -28,10 +28,11 @@ from calib.quantized.fake_quantize import round_float8
 from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.scales import ScaleFile
 
-__all__ = ["CheckpointSummary", "export_compressed_tensors", "weight_codes", "write_checkpoint"]
+__all__ = ["CheckpointSummary", "export_compressed_tensors", "kv_scales", "weight_codes", "write_checkpoint"]
 
 _BLACKWELL = "vLLM has no INT8 W8A8 kernel for NVIDIA Blackwell (SM 10.0); use the fp8 variant there"
 _MOE = "vLLM computes INT8 mixture-of-experts layers with dynamic scales only; static scales of experts are not used"
+_HEADS = "vLLM takes one scale per head of keys and values with FlashAttention only; transformers takes them always"
 _SGLANG = "SGLang 0.5 cannot load static INT8 scales of fused layers; use the fp8 variant there"
 
 
@@ -83,6 +84,7 @@ def write_checkpoint(
     proven="transformers, bit for bit; vLLM",
     cures=("smooth", "rotate", "keep", "clip", "compensate"),
     variants=("int8", "fp8"),
+    kv_heads=True,
     model=True,
 )
 def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
@@ -97,6 +99,8 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
         raise UsageError(f"checkpoint: --bits {scales.bits} has no checkpoint format here; only 8 has")
     linears = linear_ranges(scales, opened.model)
     attention = attention_ranges(scales) if request.kv_cache else {}
+    if request.kv_heads:
+        _require_heads(attention)
     symmetric = floating or all(found.symmetric for found in linears.ranges.values())
     state = {name: tensor.detach().cpu() for name, tensor in opened.model.state_dict().items()}
     for name, found in linears.ranges.items():
@@ -108,15 +112,17 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
         state[f"{name}.weight"], state[f"{name}.weight_scale"] = codes, scale
         state |= _input_tensors(found, symmetric=symmetric, floating=floating)
     for name, kv in attention.items():
-        state[f"{name}.k_scale"] = _one(kv.key / FLOAT8_MAX)
-        state[f"{name}.v_scale"] = _one(kv.value / FLOAT8_MAX)
+        for part, whole, heads in (("k", kv.key, kv.key_heads), ("v", kv.value, kv.value_heads)):
+            state[f"{name}.{part}_scale"] = kv_scales(heads, per_head=True) if request.kv_heads else kv_scales([whole])
     save_weights(state, request.folder, request.shard_size)
     config = read_config(opened)
     ignore = sorted(linears.in_float)
-    config["quantization_config"] = _quantization(ignore, symmetric=symmetric, floating=floating, kv=bool(attention))
+    config["quantization_config"] = _quantization(
+        ignore, symmetric=symmetric, floating=floating, kv=_kv_strategy(request, attention)
+    )
     write_config(config, request.folder)
     copy_companions(opened, request.folder)
-    notes = [*linears.notes, *_warnings(linears, floating=floating)]
+    notes = [*linears.notes, *_warnings(linears, floating=floating), *([_HEADS] if request.kv_heads else [])]
     return ExportSummary(list(linears.ranges), linears.in_float, list(attention), notes)
 
 
@@ -147,7 +153,28 @@ def _one(value: float) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float32)
 
 
-def _quantization(ignore: list[str], *, symmetric: bool, floating: bool, kv: bool) -> dict[str, Any]:
+def kv_scales(amax: Sequence[float], *, per_head: bool = False) -> torch.Tensor:
+    """FP8 scales of keys or values, float32: ``[1]``, or ``[heads, 1, 1]`` per head."""
+    scales = torch.tensor([value / FLOAT8_MAX for value in amax], dtype=torch.float32)
+    return scales.reshape(-1, 1, 1) if per_head else scales
+
+
+def _kv_strategy(request: ExportRequest, attention: Mapping[str, AttentionRange]) -> str | None:
+    if not attention:
+        return None
+    return "attn_head" if request.kv_heads else "tensor"
+
+
+def _require_heads(attention: Mapping[str, AttentionRange]) -> None:
+    for name, kv in attention.items():
+        if not (kv.key_heads and kv.value_heads):
+            raise ModelError(
+                f"{name}: the scale file has no ranges of its heads; measure with --statistics full and choose scales "
+                "anew, or export with --kv-cache"
+            )
+
+
+def _quantization(ignore: list[str], *, symmetric: bool, floating: bool, kv: str | None) -> dict[str, Any]:
     grid: dict[str, Any] = {"num_bits": 8, "type": "float" if floating else "int", "dynamic": False}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
@@ -163,12 +190,12 @@ def _quantization(ignore: list[str], *, symmetric: bool, floating: bool, kv: boo
             }
         },
     }
-    if kv:
+    if kv is not None:
         config["kv_cache_scheme"] = {
             "num_bits": 8,
             "type": "float",
             "symmetric": True,
-            "strategy": "tensor",
+            "strategy": kv,
             "dynamic": False,
         }
     return config

@@ -27,7 +27,7 @@ def compressed_tensors_plan(read: CompressedCheckpoint) -> QuantizationPlan:
         inputs={name: _input(read, linear) for name, linear in read.linears.items()},
         weights={name: QuantizedWeight(linear.codes, linear.weight_scale) for name, linear in read.linears.items()},
         attention={
-            name: {"key": _float8(key), "value": _float8(value)} for name, (key, value) in sorted(read.kv.items())
+            name: {"key": _of_heads(key), "value": _of_heads(value)} for name, (key, value) in sorted(read.kv.items())
         },
     )
 
@@ -63,6 +63,11 @@ def _input(read: CompressedCheckpoint, linear: CompressedLinear) -> TensorQuanti
     point = None if read.symmetric else torch.tensor(float(linear.input_zero_point))
     grid = IntegerGrid(-128, 127, 127.5 if read.symmetric else 255, read.symmetric, zero_point_first=True)
     return StaticQuantizer(grid, torch.tensor(linear.input_scale), point)
+
+
+def _of_heads(scale: torch.Tensor) -> TensorQuantizer:
+    """One scale, or one per head."""
+    return Float8Quantizer(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1), axes="heads")
 
 
 def _float8(scale: float) -> TensorQuantizer:

@@ -30,6 +30,7 @@ class Format:
         consumers: programs that read it.
         proven: the consumer, or the parser, that the tests load it with.
         variants: what may follow the name after a colon, the first is the default.
+        kv_heads: it takes one scale per head of keys and values.
         model: it holds weights or graph names, so that the model is needed.
         measurement: it holds statistics that a scale file lacks.
         extra: optional dependencies of calib that writing it needs.
@@ -44,6 +45,7 @@ class Format:
     write: Writer
     cures: tuple[str, ...] = ("smooth", "rotate", "keep", "clip")
     variants: tuple[str, ...] = ()
+    kv_heads: bool = False
     model: bool = False
     measurement: bool = False
     extra: str = ""
@@ -62,6 +64,7 @@ def register(
     proven: str,
     cures: tuple[str, ...] = ("smooth", "rotate", "keep", "clip"),
     variants: tuple[str, ...] = (),
+    kv_heads: bool = False,
     model: bool = False,
     measurement: bool = False,
     extra: str = "",
@@ -70,7 +73,7 @@ def register(
 
     def add(write: Writer) -> Writer:
         FORMATS[name] = Format(
-            name, summary, carries, consumers, proven, write, cures, variants, model, measurement, extra
+            name, summary, carries, consumers, proven, write, cures, variants, kv_heads, model, measurement, extra
         )
         return write
 

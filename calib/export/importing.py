@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from calib import __version__
 from calib.errors import ArtifactError, CalibError
@@ -28,8 +29,9 @@ from calib.models.checkpoint import read_checkpoint
 from calib.models.hashing import sha256_of_file
 from calib.models.provenance import tokenizer_sha256
 from calib.scales.file import FILE_NAME, load_scales
+from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.provenance import CorpusProvenance, ModelProvenance, Producer
-from calib.schema.scales import ExpectedError, ScaleFile, Scheme, TensorScale
+from calib.schema.scales import ExpectedError, HeadScales, ScaleFile, Scheme, TensorScale
 
 __all__ = ["import_scales"]
 
@@ -87,8 +89,19 @@ def _from_checkpoint(folder: Path) -> tuple[Tensors, list[str]]:
         tensors |= _checkpoint_linear(name, linear, floating=read.floating, symmetric=read.symmetric)
     for name, (key, value) in read.kv.items():
         for port, scale in (("key", key), ("value", value)):
-            tensors[f"{name}:{port}"] = _float8(port, name, port, scale)
+            tensors[f"{name}:{port}"] = _key_or_value(name, port, scale)
     return tensors, [name for name in read.ignored if not name.startswith("re:")]
+
+
+def _key_or_value(module: str, port: str, scale: torch.Tensor) -> TensorScale:
+    """Of several heads the entry's own scale is the largest."""
+    entry = _float8(port, module, port, float(scale.max()))
+    if scale.numel() == 1:
+        return entry
+    scales = [float(number) for number in scale.reshape(-1)]
+    ends = [number * FLOAT8_MAX for number in scales]
+    heads = HeadScales(min=[-end for end in ends], max=ends, scale=scales, zero_point=[0] * len(scales))
+    return entry.model_copy(update={"heads": heads})
 
 
 def _checkpoint_linear(name: str, linear: CompressedLinear, *, floating: bool, symmetric: bool) -> Tensors:

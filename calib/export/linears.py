@@ -93,11 +93,16 @@ class Linears:
 
 @dataclass(frozen=True)
 class AttentionRange:
-    """Keys and values of one attention module, after rotary embedding: largest magnitude of each."""
+    """Keys and values of one attention module, after rotary embedding: largest magnitude of each.
+
+    `key_heads`, `value_heads` have that of each head; empty where heads were not seen. A head of zeros has that of all.
+    """
 
     module: str
     key: float
     value: float
+    key_heads: tuple[float, ...] = ()
+    value_heads: tuple[float, ...] = ()
 
 
 def linear_ranges(
@@ -146,7 +151,7 @@ def attention_ranges(scales: ScaleFile) -> dict[str, AttentionRange]:
         module, _, port = name.rpartition(":")
         other = readers.get(f"{module}:value")
         if port == "key" and other is not None:
-            found[module] = AttentionRange(module, _amax(tensor), _amax(other))
+            found[module] = AttentionRange(module, _amax(tensor), _amax(other), _head_amax(tensor), _head_amax(other))
     if not found:
         raise ModelError(
             f"{scales.model.name}: the scale file has no keys and values; measure key and value sites, "
@@ -157,6 +162,13 @@ def attention_ranges(scales: ScaleFile) -> dict[str, AttentionRange]:
 
 def _amax(tensor: TensorScale) -> float:
     return max(abs(tensor.range_min), abs(tensor.range_max))
+
+
+def _head_amax(tensor: TensorScale) -> tuple[float, ...]:
+    if tensor.heads is None:
+        return ()
+    ends = zip(tensor.heads.min, tensor.heads.max, strict=True)
+    return tuple(max(abs(low), abs(high)) or _amax(tensor) for low, high in ends)
 
 
 def _candidates(

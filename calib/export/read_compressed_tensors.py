@@ -50,7 +50,8 @@ class CompressedCheckpoint:
         symmetric: of inputs.
         ignored: patterns of modules in float.
         linears: by module; only whole and valid ones.
-        kv: attention module -> key scale, value scale.
+        kv: attention module -> key scale, value scale: float32 ``[1]``, or ``[heads, 1, 1]``.
+        kv_heads: keys and values have one scale per head.
         model: the architecture on the meta device, without weights.
         expected: how many scales should be there.
         found: how many are there and valid.
@@ -63,7 +64,8 @@ class CompressedCheckpoint:
     symmetric: bool = True
     ignored: list[str] = field(default_factory=list)
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
-    kv: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kv: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    kv_heads: bool = False
     model: nn.Module | None = None
     expected: int = 0
     found: int = 0
@@ -119,7 +121,9 @@ def _read_scheme(read: CompressedCheckpoint, quantization: dict[str, Any]) -> bo
     wanted = "float-quantized" if read.floating else "int-quantized"
     if quantization.get("format") != wanted or weights.get("type") != inputs.get("type"):
         read.problems.append(f"config.json: format is {quantization.get('format')}, its scheme is {wanted}")
-    return quantization.get("kv_cache_scheme") is not None
+    kv = quantization.get("kv_cache_scheme")
+    read.kv_heads = isinstance(kv, dict) and kv.get("strategy") == "attn_head"
+    return kv is not None
 
 
 def _architecture(read: CompressedCheckpoint) -> nn.Module | None:
@@ -179,12 +183,21 @@ def _read_linear(read: CompressedCheckpoint, tensors: SafetensorsFolder, name: s
 def _read_kv(read: CompressedCheckpoint, tensors: SafetensorsFolder, name: str) -> set[str]:
     keys = [f"{name}.k_scale", f"{name}.v_scale"]
     read.expected += len(keys)
-    values = [_valid(read, tensors, key, torch.float32, (1,)) for key in keys]
+    shape = (_heads(read.model, name), 1, 1) if read.kv_heads else (1,)
+    values = [_valid(read, tensors, key, torch.float32, shape) for key in keys]
     read.found += sum(value is not None for value in values)
     key, value = values
     if key is not None and value is not None:
-        read.kv[name] = (float(key.item()), float(value.item()))
+        read.kv[name] = (key, value)
     return set(keys)
+
+
+def _heads(model: nn.Module | None, name: str) -> int:
+    """Heads of the keys of an attention module, as compressed-tensors counts them: from the configuration."""
+    assert model is not None
+    whole: Any = model
+    config = getattr(model.get_submodule(name), "config", None) or whole.config.get_text_config()
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _valid(

@@ -30,6 +30,7 @@ class ExportRequest:
         measurement: what the scales were chosen from, if it is at hand.
         variant: of the format.
         kv_cache: write scales of keys and values too.
+        kv_heads: one of them per head instead of one per tensor.
         shard_size: of checkpoint files, as huggingface_hub reads it.
         weights: rounded before, with error compensation; all others are rounded to nearest.
     """
@@ -40,6 +41,7 @@ class ExportRequest:
     measurement: Measurement | None = None
     variant: str = ""
     kv_cache: bool = False
+    kv_heads: bool = False
     shard_size: str = "5GB"
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 

@@ -40,6 +40,7 @@ def export_scales(
     to: str,
     measurement: Measurement | None = None,
     kv_cache: bool = False,
+    kv_heads: bool = False,
     shard_size: str = "5GB",
     weights: Mapping[str, QuantizedWeight] | None = None,
     overwrite: bool = False,
@@ -53,6 +54,7 @@ def export_scales(
         to: `NAME` or `NAME:VARIANT`, see `calib.export.FORMATS`.
         measurement: that the scales were chosen from; formats with channel statistics need it.
         kv_cache: write scales of keys and values too, where the format has them.
+        kv_heads: one of them per head, where the format takes that; elsewhere one per tensor, and a note says so.
         shard_size: of checkpoint files.
         weights: rounded before, with error compensation, on the grid of the format.
         overwrite: replace the folder.
@@ -64,12 +66,18 @@ def export_scales(
         GateError: the model was measured in another dtype than it would be served in.
     """
     found, variant = parse_format(to)
-    request = ExportRequest(scales, folder, model, measurement, variant, kv_cache, shard_size, weights or {})
+    request = ExportRequest(
+        scales, folder, model, measurement, variant, kv_cache or kv_heads, kv_heads, shard_size, weights or {}
+    )
     require_fit(found, request)
     require_packages(found.extra, found.name)
     with output_folder(folder, overwrite=overwrite) as work:
         request = replace(request, folder=work)
         summary = found.write(request)
+        if kv_heads and not found.kv_heads:
+            summary.notes.append(
+                f"format {found.name}: has no scales per head; keys and values have one scale per tensor, or none"
+            )
         save_scales(scales.model_copy(update={"aliases": {**scales.aliases, **summary.aliases}}), work)
         write_manifest(found, request, summary)
     return summary

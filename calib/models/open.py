@@ -18,6 +18,7 @@ from calib.errors import ModelError, UsageError
 from calib.models.checkpoint import Checkpoint, read_checkpoint, read_headers
 from calib.models.checks import check_code, check_finite, check_missing, check_vocabulary
 from calib.models.memory import check_memory
+from calib.models.packed import is_packed, unpacked_state
 from calib.models.provenance import checkpoint_provenance
 from calib.models.quiet import quiet_transformers
 from calib.models.reason import reason
@@ -101,6 +102,9 @@ def open_model(
         tokenizer = load_tokenizer(source.folder, name, trust_remote_code=trust_remote_code)
         processor = load_processor(source.folder, name, trust_remote_code=trust_remote_code)
         model = _load(cls, checkpoint, name, target_dtype, target_device, trust_remote_code=trust_remote_code)
+    if is_packed(checkpoint):
+        method = checkpoint.config["quantization_config"]["quant_method"]
+        checkpoint = replace(checkpoint, source_format=f"{checkpoint.source_format}:{method}")
     check_vocabulary(tokenizer, model, name)
     check_finite(model, name)
     if tokenizer is None:
@@ -136,8 +140,15 @@ def _load(
     cls: Any, checkpoint: Checkpoint, name: str, dtype: torch.dtype | None, device: str, *, trust_remote_code: bool
 ) -> nn.Module:
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True}
+    if is_packed(checkpoint):
+        options |= {"state_dict": unpacked_state(checkpoint, name), "config": _plain_config(checkpoint)}
     if trust_remote_code:
         options["trust_remote_code"] = True
+    if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "mxfp4":
+        from transformers import Mxfp4Config
+
+        # its kernels for GPUs compute all experts in one call, in which none can be seen
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     if device != "cpu":
         options["device_map"] = device if device == "balanced" else {"": device}
     model, missing = _from_pretrained(cls, checkpoint, name, options)
@@ -152,15 +163,31 @@ def _from_pretrained(
     cls: Any, checkpoint: Checkpoint, name: str, options: dict[str, Any]
 ) -> tuple[nn.Module, set[str]]:
     try:
-        model, info = cls.from_pretrained(checkpoint.folder, **options)
+        model, info = cls.from_pretrained(None if "state_dict" in options else checkpoint.folder, **options)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(
             f"model {name}: out of memory while loading ({reason(error)}); pass --dtype bfloat16 or another --device"
         ) from error
     except Exception as error:
         # Any exception of any model class and its code ends here; the chain keeps it for `-v -v`.
+        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+        if method:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(
+                f"model {name}: its {method} weights cannot be loaded here ({why}); install what is missing, or pass "
+                "the checkpoint before quantization"
+            ) from error
         raise ModelError(f"model {name}: {cls.__name__} cannot load it ({reason(error)}); check its files") from error
     return model, set(info["missing_keys"])
+
+
+def _plain_config(checkpoint: Checkpoint) -> Any:
+    """The configuration of weights that are multiplied out."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    del config.quantization_config
+    return config
 
 
 def _takes(cls: type, parameter: str) -> bool:

@@ -27,7 +27,7 @@ def processor_without_video(folder: Path, *, trust_remote_code: bool = False) ->
     import transformers
 
     cls = getattr(transformers, _class_name(folder), None)
-    parts = cls.get_attributes() if hasattr(cls, "get_attributes") else []
+    parts = cls.get_attributes() if cls is not None and hasattr(cls, "get_attributes") else []
     if cls is None or "video_processor" not in parts:
         raise ModelError(f"{folder.name}: names no processor with a part for videos; pass another model")
 

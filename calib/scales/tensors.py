@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calib.scales.distribution import Distribution
 from calib.scales.error import UNKNOWN, expected_error
-from calib.scales.grid import Grid
+from calib.scales.grid import Grid, Step
 from calib.scales.methods import BoundMethod
 from calib.scales.selected import distribution_of
 from calib.scales.shortest import shortest, shortest_error, shortest_list
 from calib.scales.varying import dynamic_per_token_error, per_row_error
 from calib.scales.verdict import Judgement, cause_of_range, judge
-from calib.schema.scales import ExpectedError, Scheme, TensorScale
+from calib.schema.scales import ExpectedError, HeadScales, Scheme, TensorScale
 
 if TYPE_CHECKING:
     from calib.measurement.site import Site, WeightSite
@@ -60,6 +60,7 @@ def activation_scale(
         **_range(distribution, step.low, step.high),
         scale=scale,
         zero_point=zero_point,
+        heads=_heads(site, grid, step),
         qmin=grid.qmin,
         qmax=grid.qmax,
         formula=grid.formula + (" of each channel" if isinstance(scale, list) else ""),
@@ -109,11 +110,27 @@ def weight_scale(
     )
 
 
+def _heads(site: Site, grid: Grid, step: Step) -> HeadScales | None:
+    """One grid per head; a head of zeros takes that of the whole tensor."""
+    channels = site.statistics.channels
+    if site.heads is None or channels is None:
+        return None
+    low = channels.minimum.min(axis=0).reshape(site.heads, -1).min(axis=1)
+    high = channels.maximum.max(axis=0).reshape(site.heads, -1).max(axis=1)
+    scales, points = grid.steps(low, high, step)
+    return HeadScales(
+        min=shortest_list(low),
+        max=shortest_list(high),
+        scale=shortest_list(scales),
+        zero_point=[int(point) for point in points],
+    )
+
+
 def _scheme(grid: Grid, granularity: str) -> Scheme:
     return Scheme.model_validate({"bits": grid.bits, "symmetric": grid.symmetric, "granularity": granularity})
 
 
-def _range(distribution: Distribution, low: float, high: float) -> dict[str, float]:
+def _range(distribution: Distribution, low: float, high: float) -> dict[str, Any]:
     return {
         "min": shortest(distribution.minimum),
         "max": shortest(distribution.maximum),

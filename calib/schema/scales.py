@@ -15,7 +15,17 @@ from pydantic import Field, model_validator
 
 from calib.schema.provenance import CorpusProvenance, ModelProvenance, Producer, Strict
 
-__all__ = ["FORMAT", "VERSION", "CureRecord", "ExpectedError", "ScaleFile", "Scheme", "TensorScale", "Verdict"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "CureRecord",
+    "ExpectedError",
+    "HeadScales",
+    "ScaleFile",
+    "Scheme",
+    "TensorScale",
+    "Verdict",
+]
 
 FORMAT = "calib.scales"
 VERSION = "1.0"
@@ -48,6 +58,30 @@ class ExpectedError(Strict):
     estimated: bool = Field(default=False, description="True where a noise model stands in for the histogram")
 
 
+class HeadScales(Strict):
+    """One range and one grid per head of keys or values, in the order of the heads that attention gets.
+
+    They always span what the head held; the entry's own scale, one for all heads, is what the method chose.
+    """
+
+    min: list[float] = Field(description="Smallest value of each head")
+    max: list[float] = Field(description="Largest value of each head")
+    scale: list[float] = Field(description="Step of each head's grid; the levels are those of the entry")
+    zero_point: list[int] = Field(description="Level that stands for 0 in each head")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> HeadScales:
+        lengths = {len(self.min), len(self.max), len(self.scale), len(self.zero_point)}
+        if len(lengths) > 1 or not self.scale:
+            raise ValueError(f"lists of {sorted(lengths)} entries; each must have one per head")
+        if not all(math.isfinite(low) and math.isfinite(high) for low, high in zip(self.min, self.max, strict=True)):
+            raise ValueError("the range of a head is not finite")
+        for scale in self.scale:
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(f"scale {scale} of a head is not a positive finite number")
+        return self
+
+
 class TensorScale(Strict):
     """One tensor. `scale` and `zero_point` are lists for per-channel and per-row schemes."""
 
@@ -62,6 +96,7 @@ class TensorScale(Strict):
     range_max: float = Field(description="Upper end of the range that the method chose")
     scale: float | list[float] | None = Field(description="Step of the grid in units of the tensor; None if dynamic")
     zero_point: int | list[int] = 0
+    heads: HeadScales | None = Field(default=None, description="Of keys, values and queries, where heads were seen")
     qmin: int
     qmax: int
     formula: str = Field(description="How scale follows from the range, e.g. 'max(|range|)/127'")
