@@ -88,3 +88,23 @@ def test_attention_that_cannot_be_looked_into_is_named(tiny_llama: Path) -> None
 def _own_forward(self: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> Any:
     self.k_proj(hidden_states)
     return self.o_proj(self.q_proj(hidden_states) + self.v_proj(hidden_states).repeat(1, 1, 2)), None
+
+
+def test_a_model_that_overflows_float16_is_told_of_another_dtype(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for part in ("gate_proj", "up_proj"):
+        model.get_submodule(f"model.layers.1.mlp.{part}").weight.data.mul_(2000.0)
+    folder = saved(model, tiny_llama, tmp_path / "model")
+    assert run("measure", folder, "-o", tmp_path / "half", *SMALL, "-q", "--dtype", "float16") == 3
+    line = one_line(capsys.readouterr().err)
+    assert "gate finite failed" in line
+    assert "model.layers.1.mlp" in line
+    assert "pass --dtype bfloat16 or float32" in line
+    assert run("quantize", tmp_path / "half", "-o", tmp_path / "int8", "-q") == 3
+    assert not (tmp_path / "int8").exists()
+    for dtype in ("bfloat16", "float32"):
+        assert run("measure", folder, "-o", tmp_path / dtype, *SMALL, "-q", "--dtype", dtype) == 0
