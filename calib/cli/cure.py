@@ -124,7 +124,6 @@ def _options(given: dict[str, Any]) -> CureOptions:
     for name, needed in (
         ("method", "absmax"),
         ("granularity", "per-tensor"),
-        ("weight_granularity", "per-row"),
         ("statistics", "full"),
         ("shard", "0/1"),
     ):
@@ -146,6 +145,7 @@ def _options(given: dict[str, Any]) -> CureOptions:
         target=given["target"],
         bits=given["bits"],
         symmetric=given["symmetric"],
+        weight_granularity=given["weight_granularity"],
         keep=given["keep"] or (3 if "keep" in wanted else 0),
         batch_size=batch_size(given["batch_size"]) or 4,
     )

@@ -23,8 +23,9 @@ from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
 from calib.schema.scales import CureRecord
 
-__all__ = ["CONVENTION", "KEPT", "Candidate", "role_of"]
+__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "role_of"]
 
+RowsOrTensor = Literal["per-row", "per-tensor"]
 CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
 """The grids of the checkpoint that is written: what is judged is what will run."""
 KEPT = "kept in float for its effect on the output"
@@ -39,6 +40,7 @@ class Candidate:
         symmetric: grid of activations.
         measurement: of the uncured model behind the prefix: what smoothing is computed from.
         ranges: of the model with these cures: what scales are chosen from.
+        weight_granularity: one weight scale per output row, or one for all.
         prefix: tokens in front of every sequence.
         smoothing: folded into weights.
         rotation: computed online.
@@ -51,6 +53,7 @@ class Candidate:
     symmetric: bool
     measurement: Measurement
     ranges: Measurement
+    weight_granularity: RowsOrTensor = "per-row"
     prefix: Prefix | None = None
     smoothing: Smoothing | None = None
     rotation: OnlineRotation | None = None
@@ -99,14 +102,14 @@ class Candidate:
             yield quantized
 
     def planned(self, model: nn.Module) -> QuantizationPlan:
-        """The plan of the quantized model: weights are rounded per row, from what the model holds when it runs."""
+        """The plan of the quantized model: weights are rounded as they are when it runs."""
         if self.plan is not None:
             return self.plan
         scales = choose_scales(self.ranges, bits=self.bits, symmetric=self.symmetric, include_sink=self.prefix is None)
         plan = plan_from_scales(
             model,
             scales,
-            weights=WeightScheme(IntegerGrid.of(self.bits, convention=CONVENTION)),
+            weights=WeightScheme(IntegerGrid.of(self.bits, convention=CONVENTION), self.weight_granularity),
             convention=CONVENTION,
             skip_positions=len(self.prefix_ids),
         )

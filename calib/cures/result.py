@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from calib.cures.candidate import Candidate
+from calib.cures.candidate import Candidate, RowsOrTensor
 from calib.errors import UsageError
 from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
@@ -34,6 +34,7 @@ class CureOptions:
         target: largest ratio of perplexity to the float model (1 + relative error where nothing is predicted).
         bits: of activations and weights.
         symmetric: grid of activations.
+        weight_granularity: one weight scale per output row, or one for all.
         keep: most layers left in float.
         batch_size: blocks of a forward pass.
     """
@@ -42,6 +43,7 @@ class CureOptions:
     target: float = 1.01
     bits: int = 8
     symmetric: bool = True
+    weight_granularity: RowsOrTensor = "per-row"
     keep: int = 0
     batch_size: int = 4
 

@@ -108,7 +108,8 @@ class _Search:
 
     def run(self) -> Cured:
         """Climbs the ladder until the target is met."""
-        plain = Candidate(self.options.bits, self.options.symmetric, self.measurement, self.measurement)
+        options, measured = self.options, self.measurement
+        plain = Candidate(options.bits, options.symmetric, measured, measured, options.weight_granularity)
         state = self._try(plain)
         self._note(state)
         rungs: dict[str, Callable[[_State], list[_State]]] = {
@@ -304,6 +305,7 @@ class _Search:
                 measurement,
                 bits=self.options.bits,
                 symmetric=self.options.symmetric,
+                weight_granularity=self.options.weight_granularity,
                 include_sink=candidate.prefix is None,
             )
             final = replace(candidate, ranges=measurement, plan=None).planned(self.model)

@@ -103,12 +103,13 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
         _require_heads(attention)
     symmetric = floating or all(found.symmetric for found in linears.ranges.values())
     state = {name: tensor.detach().cpu() for name, tensor in opened.model.state_dict().items()}
+    whole = per_tensor_weights(scales)
     for name, found in linears.ranges.items():
         rounded = None if floating else request.weights.get(name)
         if rounded is None:
-            codes, scale = weight_codes(state[f"{name}.weight"], floating=floating)
+            codes, scale = weight_codes(state[f"{name}.weight"], floating=floating, per_tensor=name in whole)
         else:
-            codes, scale = rounded.codes, rounded.scale
+            codes, scale = rounded.codes, rounded.scale.reshape(-1, 1).expand(len(rounded.codes), 1).clone()
         state[f"{name}.weight"], state[f"{name}.weight_scale"] = codes, scale
         state |= _input_tensors(found, symmetric=symmetric, floating=floating)
     for name, kv in attention.items():
@@ -126,13 +127,28 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
     return ExportSummary(list(linears.ranges), linears.in_float, list(attention), notes)
 
 
-def weight_codes(weight: torch.Tensor, *, floating: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def per_tensor_weights(scales: ScaleFile) -> set[str]:
+    """Layers whose weights have one scale in the file; a checkpoint repeats it in every row, which all readers take."""
+    return {
+        reader.removesuffix(":weight")
+        for name, tensor in scales.tensors.items()
+        if tensor.scheme.granularity == "per-tensor"
+        for reader in (name, *tensor.shared_with)
+        if reader.endswith(":weight")
+    }
+
+
+def weight_codes(
+    weight: torch.Tensor, *, floating: bool = False, per_tensor: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 or float8_e4m3fn ``[out, in]`` and scales float32 ``[out, 1]`` of a weight.
 
-    A row of zeros gets the step that compressed-tensors takes there.
+    A row of zeros gets the step that compressed-tensors takes there; `per_tensor` gives all rows one scale.
     """
     values = weight.float()
     scale = values.abs().amax(1, keepdim=True) / (FLOAT8_MAX if floating else 127.5)
+    if per_tensor:
+        scale = scale.amax().expand(len(values), 1).clone()
     scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
     if floating:
         return round_float8(values / scale).to(torch.float8_e4m3fn), scale

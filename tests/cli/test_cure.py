@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calib.cures.candidate import RowsOrTensor
 from calib.scales import load_scales
 from tests.cli.commands import SMALL, one_line, run
 
@@ -30,7 +31,10 @@ def test_cures_write_a_checkpoint_that_transformers_loads_and_say_what_each_boug
     assert torch.isfinite(loaded(input_ids=torch.arange(8)[None]).logits).all()
 
 
-def test_the_checkpoint_computes_what_was_judged(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_granularity", ["per-row", "per-tensor"])
+def test_the_checkpoint_computes_what_was_judged(
+    weight_granularity: RowsOrTensor, tiny_llama: Path, tmp_path: Path
+) -> None:
     """Compensated codes, smoothed weights and the scales of the file: logits equal those of the plan, bit for bit."""
     from transformers import AutoModelForCausalLM
 
@@ -45,10 +49,12 @@ def test_the_checkpoint_computes_what_was_judged(tiny_llama: Path, tmp_path: Pat
     opened = open_model(tiny_llama, device="cpu")
     blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=12, max_length=32)
     few = blocks.select(range(8))
-    options = CureOptions(cures=("smooth", "compensate"), target=1.0)
+    options = CureOptions(cures=("smooth", "compensate"), target=1.0, weight_granularity=weight_granularity)
     cured = find_cure(
         opened, measure(opened, few, MeasureOptions(batch_size=4)), few, blocks.select(range(8, 12)), options
     )
+    scalar = {w.scale.numel() == 1 for w in cured.plan.weights.values() if isinstance(w, QuantizedWeight)}
+    assert scalar <= {weight_granularity == "per-tensor"}
     rounded = {n: w for n, w in cured.plan.weights.items() if isinstance(w, QuantizedWeight)}
     write_checkpoint(cured.opened, cured.scales, tmp_path, rounded)
     ids = torch.from_numpy(blocks.input_ids[8:10])
@@ -66,6 +72,9 @@ def test_the_checkpoint_computes_what_was_judged(tiny_llama: Path, tmp_path: Pat
         (["--cure", "none,smooth"], "none goes alone"),
         (["--cure", "auto", "--method", "mse"], "--method mse"),
         (["--cure", "auto", "--target", "0.9"], "--target 0.9"),
+        (["--cure", "auto", "--statistics", "ranges"], "--statistics ranges"),
+        (["--cure", "auto", "--shard", "1/2"], "--shard 1/2"),
+        (["--cure", "keep", "--keep", "-1"], "--keep -1"),
         (["--cure", "auto", "--layout", "documents"], "--layout documents"),
         (["--cure", "auto", "--ignore", "router"], "--sites/--ignore"),
     ],
