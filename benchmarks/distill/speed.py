@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What CMI costs: a step, an epoch with its refresh of centroids, and memory.
+
+`python benchmarks/distill/speed.py` writes `results/distill_speed.json`. CPU time of one thread, steps with and without
+CMI in turns, 15 pairs for each network; an epoch is `fine_tune` beside the same loop written plainly. Memory is that of
+a pass over images that a generator makes batch by batch, in a process of its own for each number of images: the peak
+must not grow with the number. Target: a step costs at most 1.15 times a plain one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from results_file import median_interval, write
+from torch import Tensor, nn
+
+from calib.distill import ClassInformation, TeacherSettings, fine_tune, mcmi_loss, measure_information
+from calib.distill.mcmi import floored
+from calib.distill.networks import make_network
+from calib.distill.optimiser import make_optimiser
+
+PAIRS, STEPS, BATCH, CLASSES = 15, 6, 64, 10
+NETWORKS = {"resnet8": 14, "resnet20": 28, "mlp128": 14}
+EPOCH_NETWORK, EPOCH_BATCHES, EPOCH_PAIRS = "resnet8", 16, 7
+IMAGES = (2_000, 20_000, 60_000)
+Batch = tuple[Tensor, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of fine-tuning with CMI.")
+    parser.add_argument("--pass-over", type=int, help="internal: one pass over so many images, prints MB")
+    images = parser.parse_args().pass_over
+    if images is not None:
+        print(json.dumps(pass_over(images)))
+        return
+    print("budget: 4 minutes on one core", flush=True)
+    write(
+        "distill_speed",
+        {
+            "target": {"step_ratio": 1.15},
+            "interval": f"90 % (bootstrap of the median), {PAIRS} pairs of {STEPS} steps of {BATCH} images",
+            "step_ratio": {f"{name}, {size} x {size}": steps(name, size) for name, size in NETWORKS.items()},
+            "epoch_ratio": {
+                "network": f"{EPOCH_NETWORK}, 14 x 14, {EPOCH_BATCHES} batches, {EPOCH_PAIRS} pairs",
+                "centroids_refreshed_by_a_pass": epochs(),
+            },
+            "memory": memory(),
+        },
+    )
+
+
+def batches(size: int, count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(BATCH, 1, size, size, generator=generator),
+            torch.randint(CLASSES, (BATCH,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def one_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    loss = loss_of(model(batch[0]), batch[1])
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimiser.step()
+
+
+def steps(name: str, size: int) -> dict[str, Any]:
+    """Step with the MCMI loss over step with cross entropy, all else equal."""
+    data = batches(size, STEPS)
+    sides: dict[str, tuple[nn.Module, torch.optim.Optimizer, Callable[[Tensor, Tensor], Tensor]]] = {}
+    torch.manual_seed(0)
+    start = make_network(name, CLASSES, channels=1, size=size)
+    rows = floored(torch.full((CLASSES, CLASSES), 1 / CLASSES))
+    for side in ("plain", "mcmi"):
+        model = copy.deepcopy(start)
+        optimiser = make_optimiser(model.parameters(), TeacherSettings().optimiser, 20)[0]
+        with_cmi: Callable[[Tensor, Tensor], Tensor] = lambda x, y: mcmi_loss(x, y, rows, 0.25).loss  # noqa: E731
+        sides[side] = (model, optimiser, plain_loss if side == "plain" else with_cmi)
+
+    def seconds(side: str) -> float:
+        model, optimiser, loss_of = sides[side]
+        begin = time.process_time()
+        for batch in data:
+            one_step(model, optimiser, batch, loss_of)
+        return time.process_time() - begin
+
+    pairs = paired(seconds, ("plain", "mcmi"), PAIRS)
+    print(name, size, pairs["ratio"], flush=True)
+    return {"ratio": pairs["ratio"], "ms_plain": pairs["ms_first"] / STEPS, "ms_mcmi": pairs["ms_second"] / STEPS}
+
+
+def epochs() -> dict[str, Any]:
+    """Epochs of `fine_tune`, each with its pass for the centroids, over epochs of a plain loop.
+
+    The pass before the first epoch is taken out: three epochs minus one.
+    """
+    data = batches(14, EPOCH_BATCHES)
+    torch.manual_seed(0)
+    start = make_network(EPOCH_NETWORK, CLASSES, channels=1, size=14)
+
+    def seconds(side: str) -> float:
+        def spent(count: int) -> float:
+            model = copy.deepcopy(start).train()
+            begin = time.process_time()
+            if side == "plain":
+                optimiser = make_optimiser(model.parameters(), TeacherSettings().optimiser, count)[0]
+                for _ in range(count):
+                    for batch in data:
+                        one_step(model, optimiser, batch, plain_loss)
+            else:
+                fine_tune(model, data, TeacherSettings(strength=0.25, epochs=count))
+            return time.process_time() - begin
+
+        return spent(3) - spent(1)
+
+    pairs = paired(seconds, ("plain", "mcmi"), EPOCH_PAIRS)
+    print("epoch", pairs["ratio"], flush=True)
+    return {"ratio": pairs["ratio"]}
+
+
+def paired(seconds: Callable[[str], float], sides: tuple[str, str], count: int) -> dict[str, Any]:
+    """Ratio of second to first, in turns, the first of a pair in turns as well; a warm-up of each is not counted."""
+    for side in sides:
+        seconds(side)
+    ratios, spent = [], dict.fromkeys(sides, 0.0)
+    gc.disable()
+    try:
+        for number in range(count):
+            found = {side: seconds(side) for side in (sides if number % 2 else sides[::-1])}
+            ratios.append(found[sides[1]] / found[sides[0]])
+            for side, value in found.items():
+                spent[side] += 1000 * value / count
+    finally:
+        gc.enable()
+    return {"ratio": median_interval(ratios), "ms_first": spent[sides[0]], "ms_second": spent[sides[1]]}
+
+
+def memory() -> dict[str, Any]:
+    """Peak of the resident memory above that before the pass, in MB, by number of images."""
+    found = {}
+    for images in IMAGES:
+        command = [sys.executable, str(Path(__file__).resolve()), "--pass-over", str(images)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[str(images)] = json.loads(done.stdout)
+        print(images, found[str(images)], flush=True)
+    return {"network": "resnet8, 14 x 14, batches of 256", "by_images": found}
+
+
+def pass_over(images: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = make_network("resnet8", CLASSES, channels=1, size=14)
+
+    def made(count: int) -> Iterator[Batch]:
+        for _ in range(count):
+            yield torch.randn(256, 1, 14, 14), torch.randint(CLASSES, (256,))
+
+    measure_information(model, made(2))  # allocates what any pass allocates
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    information: ClassInformation = measure_information(model, made(images // 256 + 1))[0]
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    state = sum(t.numel() * t.element_size() for t in vars(information).values() if isinstance(t, Tensor))
+    return {
+        "peak_mb_above_two_batches": round(after - before, 1),
+        "state_kb": round(state / 1024, 1),
+        "images_mb": round(images * 14 * 14 * 4 / 2**20, 1),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
