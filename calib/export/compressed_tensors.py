@@ -103,11 +103,11 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
         _require_heads(attention)
     symmetric = floating or all(found.symmetric for found in linears.ranges.values())
     state = {name: tensor.detach().cpu() for name, tensor in opened.model.state_dict().items()}
-    whole = per_tensor_weights(scales)
+    of_one_scale = per_tensor_weights(scales)
     for name, found in linears.ranges.items():
         rounded = None if floating else request.weights.get(name)
         if rounded is None:
-            codes, scale = weight_codes(state[f"{name}.weight"], floating=floating, per_tensor=name in whole)
+            codes, scale = weight_codes(state[f"{name}.weight"], floating=floating, per_tensor=name in of_one_scale)
         else:
             codes, scale = rounded.codes, rounded.scale.reshape(-1, 1).expand(len(rounded.codes), 1).clone()
         state[f"{name}.weight"], state[f"{name}.weight_scale"] = codes, scale
