@@ -100,6 +100,19 @@ def whisper(folder: Path) -> Path:
     return folder
 
 
+def qwen2_audio(folder: Path) -> Path:
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    named = {121: "<|AUDIO|>", 150: "<|audio_bos|>", 151: "<|audio_eos|>"}
+    template = CHAT.replace("{% if p['type'] == 'image' %}IMAGE", "{% if p['type'] == 'audio' %}AUDIO")
+    processor = Qwen2AudioProcessor(
+        WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=250),
+        tokenizer(named),
+        chat_template=template.replace("AUDIO", "<|audio_bos|><|AUDIO|><|audio_eos|>"),
+    )
+    return save("Qwen2AudioForConditionalGeneration", "qwen2_audio", processor, folder)
+
+
 def t5(folder: Path) -> Path:
     return save("T5ForConditionalGeneration", "t5", tokenizer({}), folder, decoder_start_token_id=0, eos_token_id=2)
 

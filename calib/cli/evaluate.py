@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calib.cli.config import RecipeCommand
+from calib.cli.examples import require_text
 from calib.cli.options import batch_size, model_options, opened
 from calib.errors import UsageError
 
@@ -62,6 +63,7 @@ def command(model: str, scales: Path | None, **given: Any) -> None:
 
     scale_file = None if scales is None else load_scales(scales)
     found = opened(model, given)
+    require_text(found, given, "calib evaluate")
     from calib.corpus import build_blocks
     from calib.evaluation.evaluate import evaluate
     from calib.report.evaluation import print_evaluation

@@ -54,10 +54,10 @@ def require_text(found: OpenedModel, given: dict[str, Any], option: str) -> None
     """Refuses examples where blocks of tokens are compared.
 
     Raises:
-        UsageError: naming the option that needs text.
+        UsageError: naming the option, or the command, that needs text.
     """
     if needs_examples(found, given):
-        raise UsageError(f"{option}: works on blocks of text, and the data are examples; leave the option out")
+        raise UsageError(f"{option}: works on blocks of text, and these data are examples; pass text, or do without it")
 
 
 def build_examples_of(found: OpenedModel, given: dict[str, Any]) -> ExampleRows:

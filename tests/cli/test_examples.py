@@ -191,6 +191,18 @@ def test_sound_with_a_transcript_and_without(root: Path, model: Callable[[str], 
     assert ranges(found, list(naive)) == naive
 
 
+def test_sound_and_text_are_kept_apart(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": [{"type": "audio", "path": "sounds/2.wav"}, {"type": "text", "text": "so"}]}]
+    data = lines(root / "talk_of_sound.jsonl", [{"audio": "sounds/0.wav", "text": "what is it"}, {"messages": talk}])
+    found = measured(model("qwen2_audio"), data, tmp_path / "m")
+    assert found.passed
+    assert found.corpus.holds == {"audio": 2}
+    site = next(site for site in found.sites.values() if site.parts and site.kind == "residual")
+    assert set(site.parts) == {"audio", "text"}
+    # half a second at 16 kHz and a hop of 250 samples: 32 frames, which two strides of 2 make 8 tokens
+    assert site.parts["audio"].range.count_all == 2 * 8 * site.channels
+
+
 def test_a_decoder_is_taught_its_targets(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -333,6 +345,17 @@ def test_data_that_do_not_fit_are_named(
     assert not (tmp_path / "m").exists()
 
 
+def test_a_model_of_text_takes_no_pictures_but_passes_over_them_in_a_folder_of_texts(
+    root: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("measure", tiny_llama, "-d", root / "seen.jsonl", "-o", tmp_path / "m") == 1
+    assert "holds pictures, and tiny_llama0 takes text only" in one_line(capsys.readouterr().err)
+    picture(tmp_path / "texts" / "a.png")
+    (tmp_path / "texts" / "a.txt").write_text("words and words. " * 40)
+    options = ("--max-length", "16", "--samples", "2", "-q")
+    assert run("measure", tiny_llama, "-d", tmp_path / "texts", "-o", tmp_path / "m", *options) == 0
+
+
 def test_a_folder_without_a_processor_is_named(
     root: Path, model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,5 +374,7 @@ def test_options_about_text_are_refused_for_examples(
     assert "--add-bos" in one_line(capsys.readouterr().err)
     assert run("quantize", *common, "--cure", "smooth") == 2
     assert "--cure" in one_line(capsys.readouterr().err)
+    assert run("evaluate", model("vit"), "-d", root / "pictures") == 2
+    assert "calib evaluate: works on blocks of text" in one_line(capsys.readouterr().err)
     assert run("measure", model("llava"), "-d", root / "talk.jsonl", "-o", tmp_path / "m", "--batch-size", "2") == 2
     assert "unequal shapes" in one_line(capsys.readouterr().err)
