@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from benchmarks.model_coverage import architectures, examine, problems
@@ -85,12 +87,16 @@ LEFT_OUT = {  # never called: their weight is handed to a function, and calib sa
     "SiglipForImageClassification": "vision_model.head.attention.out_proj",
     "Gemma3ForConditionalGeneration": "model.vision_tower.head.attention.out_proj",
 }
+SIX_MINUTES = 360.0
+"""Most CPU time of the whole sample, so that every change can run it."""
 
 
 @pytest.mark.parametrize("class_name", [*SAMPLE, *LEFT_OUT])
 def test_everything_is_found_and_nothing_is_left_behind(class_name: str) -> None:
     (architecture,) = (a for a in architectures() if a[1] == class_name)
+    begin = time.process_time()
     record = examine(*architecture)
+    assert time.process_time() - begin < SIX_MINUTES / (len(SAMPLE) + len(LEFT_OUT)), "its share of the sample's time"
     assert record["stage"] == "done", record
     expected = [f"not covered: {LEFT_OUT[class_name]}"] if class_name in LEFT_OUT else []
     assert problems(record) == expected
