@@ -23,6 +23,8 @@ _HOMES = {
     "compare_methods": "calib.scales",
     "load_scales": "calib.scales",
     "save_scales": "calib.scales",
+    "CureOptions": "calib.cures",
+    "find_cure": "calib.cures",
     "QuantizationPlan": "calib.quantized",
     "QuantizedModel": "calib.quantized",
     "plan_from_scales": "calib.quantized",

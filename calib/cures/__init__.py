@@ -9,12 +9,16 @@ from calib.cures.input_rotation import InputRotation
 from calib.cures.offline import OfflineRotation
 from calib.cures.pairs import Consumer, Pair, Pairs
 from calib.cures.record import load_smoothing, save_smoothing, smoothing_record
+from calib.cures.result import Cured, CureOptions
 from calib.cures.rotate import OnlineRotation, Rotated
+from calib.cures.search import find_cure
 from calib.cures.smooth import Smoothing, post_smoothing_amax, smoothing_scales
 from calib.cures.sweep import SmoothingSweep
 
 __all__ = [
     "Consumer",
+    "CureOptions",
+    "Cured",
     "Folded",
     "InputRotation",
     "OfflineRotation",
@@ -24,6 +28,7 @@ __all__ = [
     "Rotated",
     "Smoothing",
     "SmoothingSweep",
+    "find_cure",
     "find_pairs",
     "fold",
     "load_smoothing",

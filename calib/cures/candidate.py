@@ -82,6 +82,11 @@ class Candidate:
         return " + ".join(parts) or "none"
 
     @property
+    def alpha(self) -> float | None:
+        """Of the first pair; that of all where one was chosen for all. None without smoothing."""
+        return None if self.smoothing is None else self.smoothing.alphas[0]
+
+    @property
     def prefix_ids(self) -> tuple[int, ...]:
         """Token ids in front of every sequence."""
         return () if self.prefix is None else self.prefix.token_ids

@@ -26,6 +26,8 @@ __all__ = ["Judge", "Score"]
 
 _MOST_BYTES = 1 << 30
 """Of reference outputs that are kept; rows beyond are not judged."""
+_HOPELESS = 1.25
+"""Times a rival's worth on the same blocks: the others would not make up for that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,8 @@ class Score:
         """Mean divergence."""
         return float(self.divergence.mean())
 
-    def worth(self, reference: NDArray[np.float64] | None) -> float:
-        """What candidates are compared by, lower is better: the mean of divergence and loss of likelihood.
+    def worths(self, reference: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        """What candidates are compared by, per block, lower is better: the mean of divergence and loss of likelihood.
 
         The likelihood of the text is what users ask for, but noisy on few blocks; the divergence is steady, but weighs
         tokens as the float model expects them, not as they are.
@@ -55,8 +57,9 @@ class Score:
             reference: likelihoods of the float model; None if nothing is predicted: the divergence alone counts.
         """
         if self.nll is None or reference is None:
-            return self.mean
-        return (self.mean + float((self.nll - reference).mean())) / 2
+            return self.divergence
+        worths: NDArray[np.float64] = (self.divergence + (self.nll - reference[: len(self.nll)]).mean(1)) / 2
+        return worths
 
     def interval(self) -> Interval:
         """The same with a 90 % interval over blocks."""
@@ -66,7 +69,7 @@ class Score:
         """Perplexity over that of a reference on the same tokens, 90 % interval; None if there is none."""
         if self.nll is None or reference is None:
             return None
-        return perplexity_ratio(self.nll, reference)
+        return perplexity_ratio(self.nll, reference[: len(self.nll)])
 
 
 class Judge:
@@ -115,8 +118,12 @@ class Judge:
         """How many blocks are judged."""
         return sum(len(batch) for batch in self._batches)
 
-    def judge(self) -> Score:
+    def judge(self, rival: NDArray[np.float64] | None = None) -> Score:
         """Judges the model as it is now.
+
+        Args:
+            rival: `Score.worths` of another candidate on these blocks. Once this one is clearly worse on the blocks so
+                far, the others are spared, and the score covers those so far.
 
         Raises:
             GateError: an output is NaN.
@@ -132,6 +139,13 @@ class Judge:
             else:
                 error = (reference - output).double().square().flatten(1).sum(1)
                 divergence.append(error / reference.double().square().flatten(1).sum(1))
+            score = self._score(divergence, nll)
+            worths = score.worths(self.reference_nll)
+            if rival is not None and worths.mean() > _HOPELESS * rival[: worths.size].mean():
+                break
+        return score
+
+    def _score(self, divergence: list[torch.Tensor], nll: list[NDArray[np.float64]]) -> Score:
         values: NDArray[np.float64] = torch.cat(divergence).cpu().numpy()
         if not np.isfinite(values).all():
             raise GateError("cures: a candidate gives NaN or infinite outputs; check the dtype of the model")

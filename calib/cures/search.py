@@ -9,11 +9,14 @@ another part, which no decision has seen.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from calib.corpus import TokenBlocks
 from calib.cures.candidate import KEPT, Candidate, role_of
@@ -27,6 +30,7 @@ from calib.cures.result import Cured, CureOptions, Row
 from calib.cures.rotate import OnlineRotation
 from calib.cures.sweep import SmoothingSweep
 from calib.errors import UsageError
+from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
 from calib.measurement.engine import MeasureOptions, measure
 from calib.measurement.head import can_skip_head, without_head
@@ -39,8 +43,7 @@ from calib.statistics.observation import REST
 
 __all__ = ["find_cure"]
 
-ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
-_STEP = 0.1
+_ALPHA, _STEP = 0.7, 0.1
 _SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
 _SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
 _KEEP_SHORTLIST = 6
@@ -50,11 +53,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """A candidate and what it is worth on the search blocks."""
+    """A candidate and what it is worth on the search blocks; not all of them, if it was given up."""
 
     candidate: Candidate
     score: Score
-    worth: float
+    worths: NDArray[np.float64]
+    ratio: Interval | None
+    given_up: bool = False
+
+    @property
+    def worth(self) -> float:
+        """Mean over blocks, lower is better."""
+        return math.inf if self.given_up else float(self.worths.mean())
 
 
 def find_cure(
@@ -133,24 +143,31 @@ class _Search:
     def _judge(self, part: str, ids: tuple[int, ...]) -> Judge:
         """The judge of a prefix; made only while the model is in its original state."""
         key = (part, ids)
-        if key not in self.judges:
-            while len(self.judges) >= _JUDGES_HELD:  # each holds the outputs of the float model
-                self.judges.pop(next(iter(self.judges)))
-            self.judges[key] = Judge(self.model, self.held_out[part], prefix=ids, batch_size=self.options.batch_size)
-        return self.judges[key]
+        found = self.judges.pop(key, None)
+        while len(self.judges) >= _JUDGES_HELD:  # each holds the outputs of the float model; the latest are kept
+            self.judges.pop(next(iter(self.judges)))
+        if found is None:
+            found = Judge(self.model, self.held_out[part], prefix=ids, batch_size=self.options.batch_size)
+        self.judges[key] = found
+        return found
 
-    def _try(self, candidate: Candidate) -> _State:
+    def _try(self, candidate: Candidate, rival: _State | None = None) -> _State:
+        """Judges a candidate on the search blocks, and gives it up once it is clearly worse than a rival."""
         judge = self._judge("search", candidate.prefix_ids)
         with candidate.quantized(self.model):
-            score = judge.judge()
+            score = judge.judge(None if rival is None or rival.given_up else rival.worths)
+        given_up = len(score.divergence) < judge.blocks
+        self._say("search", candidate, score, judge, " (given up)" if given_up else "")
+        return _State(candidate, score, score.worths(judge.reference_nll), score.ratio(judge.reference_nll), given_up)
+
+    def _say(self, part: str, candidate: Candidate, score: Score, judge: Judge, end: str = "") -> None:
         ratio = score.ratio(judge.reference_nll)
-        self.say(f"search {candidate.name}: divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
-        return _State(candidate, score, score.worth(judge.reference_nll))
+        with_ratio = "" if ratio is None else f", ratio {ratio}"
+        self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}{with_ratio}{end}")
 
     def _met(self, state: _State) -> bool:
         """Whether the target is met on the search blocks."""
-        ratio = state.score.ratio(self._judge("search", state.candidate.prefix_ids).reference_nll)
-        return (1 + state.score.mean if ratio is None else ratio.value) <= self.options.target
+        return (1 + state.score.mean if state.ratio is None else state.ratio.value) <= self.options.target
 
     def _note(self, state: _State) -> None:
         """A line of the table, from blocks that the search has not seen."""
@@ -160,21 +177,32 @@ class _Search:
 
     def _row(self, candidate: Candidate, judge: Judge) -> None:
         score = judge.judge()
-        ratio = score.ratio(judge.reference_nll)
-        self.say(f"verify {candidate.name}: divergence {score.mean:.5f}" + (f", ratio {ratio}" if ratio else ""))
+        self._say("verify", candidate, score, judge)
         now = time.perf_counter()
+        ratio = score.ratio(judge.reference_nll)
         self.rows.append(Row(candidate, score.interval(), ratio, round(now - self.begin, 1)))
         self.begin = now
 
-    def _smooth(self, state: _State, alphas: Sequence[float] = ALPHAS) -> list[_State]:
+    def _smooth(self, state: _State) -> list[_State]:
         """The best single alpha."""
         if not len(self.pairs):
             self.pairs = find_pairs(self.model)
             self.skipped |= {f"smooth {name}": reason for name, reason in self.pairs.skipped.items()}
-        if not len(self.pairs):
-            return []
-        states = [self._try(self._smoothed(state.candidate, alpha)) for alpha in alphas]
-        return [min(states, key=lambda one: one.worth)]
+        return [self._one_alpha(state.candidate, _ALPHA)] if len(self.pairs) else []
+
+    def _one_alpha(self, base: Candidate, start: float, rival: _State | None = None) -> _State:
+        """Walks from an alpha in the direction that helps, up or else down, as long as it does."""
+        best = self._try(self._smoothed(base, start), rival)
+        for step in (_STEP, -_STEP):
+            alpha = round(start + step, 3)
+            while 0 <= alpha <= 1:
+                tried = self._try(self._smoothed(base, alpha), rival if best.given_up else best)
+                if tried.worth >= best.worth:
+                    break
+                best, alpha = tried, round(alpha + step, 3)
+            if best.candidate.alpha != start:
+                break
+        return best
 
     def _smoothed(self, base: Candidate, alpha: float | Mapping[str, float]) -> Candidate:
         sweep = SmoothingSweep(self.pairs, base.measurement, include_sink=base.prefix is None)
@@ -182,7 +210,7 @@ class _Search:
         return replace(base, smoothing=smoothing, ranges=smoothed_ranges(base.measurement, smoothing))
 
     def _prefix(self, state: _State) -> list[_State]:
-        """Smoothing again, behind each of the best prefixes."""
+        """Smoothing again, behind each of the best prefixes; the better one."""
         if self._judge("search", ()).reference_nll is None:
             self.skipped["prefix"] = "the model predicts no tokens, so nothing can be put in front"
             return []
@@ -193,14 +221,9 @@ class _Search:
         for prefix in found:
             measured = self._measure(prefix, self.few, sites=["linear_input"])
             bare = replace(state.candidate, measurement=measured, ranges=measured, prefix=prefix, smoothing=None)
-            if state.candidate.smoothing is None:
-                states.append(self._try(bare))
-            else:
-                best = state.candidate.smoothing.alphas[0]
-                states += self._smooth(
-                    replace(state, candidate=bare), [a for a in ALPHAS if abs(a - best) < 1.5 * _STEP]
-                )
-        return states
+            alpha, rival = state.candidate.alpha, min([state, *states], key=lambda one: one.worth)
+            states.append(self._try(bare, rival) if alpha is None else self._one_alpha(bare, alpha, rival))
+        return [min(states, key=lambda one: one.worth)] if states else []
 
     def _roles(self, state: _State) -> list[_State]:
         """One alpha for each role, by coordinate descent from the single one."""
@@ -213,7 +236,7 @@ class _Search:
             for alpha in (round(now - _STEP, 3), round(now + _STEP, 3)):
                 trial = {**alphas, **dict.fromkeys(names, alpha)}
                 if 0 <= alpha <= 1:
-                    tried = self._try(self._smoothed(state.candidate, trial))
+                    tried = self._try(self._smoothed(state.candidate, trial), best)
                     if tried.worth < best.worth:
                         best, alphas = tried, trial
                         break

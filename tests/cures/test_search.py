@@ -78,6 +78,18 @@ def test_the_judge_finds_nothing_in_the_float_model_and_something_in_a_changed_o
     assert judge.judge().mean > 1e-4
 
 
+def test_a_judge_gives_up_what_is_clearly_worse_than_a_rival(opened: OpenedModel, blocks: TokenBlocks) -> None:
+    judge = Judge(opened.model, blocks.select(range(3)), batch_size=1)
+    with torch.no_grad():
+        opened.model.model.norm.weight *= 1.5
+    whole = judge.judge()
+    worths = whole.worths(judge.reference_nll)
+    assert len(judge.judge(worths * 1.01).divergence) == judge.blocks == 3
+    spared = judge.judge(worths / 2)
+    assert len(spared.divergence) == 1
+    assert spared.divergence[0] == whole.divergence[0]
+
+
 def test_the_search_finds_the_smoothing_that_planted_channels_need(
     opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
 ) -> None:
