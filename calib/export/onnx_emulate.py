@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.export.compare import first_output, largest_difference
+from calib.export.onnx_graph import reached
 from calib.export.read_onnx import QdqGraph, QdqLinear
 
 if TYPE_CHECKING:
@@ -61,25 +62,17 @@ def layer_model(read: QdqGraph, linear: QdqLinear) -> Any:
 def float_twin(read: QdqGraph) -> Any:
     """The same graph with the quantized weights multiplied out and nothing rounded: what speed is compared with.
 
-    A product that was turned into a `Gemm` of two dimensions becomes the plain `MatMul` and `Add` again.
+    A `Gemm` becomes a plain `MatMul` and `Add` again.
     """
     from onnx import helper, numpy_helper
 
     model = copy.deepcopy(read.model)
     graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    users: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
     new: dict[str, list[Any]] = {}
     for linear in read.linears.values():
         weight = linear.codes.astype(np.float32) * linear.weight_scale
         graph.initializer.append(numpy_helper.from_array(weight, f"{linear.name}/float"))
         source, result = linear.source, linear.result
-        flat, back = makers.get(source), users.get(result, [])
-        if flat is not None and flat.name == f"{linear.name}/flat" and len(back) == 1:
-            source, result = flat.input[0], back[0].output[0]
         product = result if linear.bias is None else f"{linear.name}/product"
         nodes = [helper.make_node("MatMul", [source, f"{linear.name}/float"], [product])]
         if linear.bias is not None:
@@ -87,7 +80,7 @@ def float_twin(read: QdqGraph) -> Any:
             nodes.append(helper.make_node("Add", [product, f"{linear.name}/float_bias"], [result]))
         new[result] = nodes
     nodes = [made for node in graph.node for made in new.get(node.output[0], [node])]
-    nodes = _reached(nodes, [output.name for output in graph.output])
+    nodes = reached(nodes, [output.name for output in graph.output])
     read_names = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in read_names]
     del graph.node[:], graph.initializer[:]
@@ -210,13 +203,3 @@ def _moved(read: QdqGraph) -> Any:
         noise = np.random.default_rng(0).standard_normal(values.shape)
         tensor.CopyFrom(numpy_helper.from_array((values * (1 + _NUDGE * noise)).astype(np.float32), tensor.name))
     return moved.model
-
-
-def _reached(nodes: list[Any], outputs: list[str]) -> list[Any]:
-    """Nodes that the outputs need, in their order."""
-    needed, kept = set(outputs), []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(node.input)
-    return kept[::-1]

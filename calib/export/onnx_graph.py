@@ -20,7 +20,7 @@ from calib.errors import ModelError
 from calib.measurement.head import takes_cache
 from calib.models import OpenedModel
 
-__all__ = ["OPSET", "FloatGraph", "Product", "float_graph", "save_onnx"]
+__all__ = ["OPSET", "FloatGraph", "Product", "float_graph", "reached", "save_onnx"]
 
 OPSET = 20
 """The first with `Gelu`, which runtimes compute in one kernel; Q/DQ with an axis need 13."""
@@ -180,3 +180,13 @@ def _module_of(node: Any) -> str | None:
             if len(scopes) > 1:
                 return str(scopes[-2]).removeprefix("model.")
     return None
+
+
+def reached(nodes: list[Any], outputs: list[str]) -> list[Any]:
+    """Nodes that the outputs need, in their order."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    return kept[::-1]

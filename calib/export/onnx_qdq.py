@@ -21,7 +21,8 @@ from calib.errors import ModelError, UsageError
 from calib.export.checkpoint import copy_companions, read_config, write_config
 from calib.export.formats import register
 from calib.export.linears import LinearRange, linear_ranges
-from calib.export.onnx_graph import FloatGraph, Product, float_graph, save_onnx
+from calib.export.onnx_graph import FloatGraph, Product, float_graph, reached, save_onnx
+from calib.export.onnx_rows import keep_rows
 from calib.export.request import ExportRequest, ExportSummary
 from calib.scales.grid import Grid
 
@@ -189,9 +190,14 @@ class _Rewriter:
         nodes = [made for index, node in enumerate(self.graph.node) for made in self.replaced.get(index, [node])]
         del self.graph.node[:]
         self.graph.node.extend(nodes)
-        read = {name for node in nodes for name in node.input} | {output.name for output in self.graph.output}
+        gone = keep_rows(self.graph)
+        self.aliases = {name: gone.get(tensor, tensor) for name, tensor in self.aliases.items()}
+        wanted = [output.name for output in self.graph.output]
+        nodes = reached(list(self.graph.node), wanted)
+        read = {name for node in nodes for name in node.input} | {*wanted}
         kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
-        del self.graph.initializer[:]
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(nodes)
         self.graph.initializer.extend(kept)
         onnx.checker.check_model(self.model)
         return self.model
