@@ -2,8 +2,8 @@
 """Memory for what outlives a batch, kept out of the heap that activations come and go in.
 
 A few bytes that stay, allocated between activations of megabytes that are freed, keep the C library from reusing or
-returning the room beside them: half a gigabyte of nothing on a small model. So state lives in blocks that are large
-enough to be mapped on their own. They are zeroed lazily, and cost what is touched.
+returning the room beside them. So state lives in blocks that are large enough to be mapped on their own. They are
+zeroed lazily, and cost what is touched.
 """
 
 from __future__ import annotations

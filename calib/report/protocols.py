@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,10 +16,10 @@ from calib.protocols.int8_sanity import Sanity
 from calib.protocols.max_activations import Comparison
 from calib.protocols.published import SOURCE, SanityRow
 from calib.protocols.rows import FLOAT16_MAX, CheckpointMaximum
+from calib.report.terminal import terminal
 
 __all__ = ["print_maxima", "print_sanity"]
 
-_WIDTH = 140
 _MISSING_SHOWN = 5
 
 
@@ -38,7 +37,7 @@ def print_maxima(comparison: Comparison, *, as_json: bool) -> None:
             }
         )
         return
-    console = _console()
+    console = terminal()
     measured = comparison.measured
     table = Table(title=f"largest activation beside {len(comparison.published)} published checkpoints ({SOURCE})")
     for column in ("rank", "checkpoint", "family", "layers", "M", "at", "M / rms", "M / q0.999", "massive", "float16"):
@@ -87,7 +86,7 @@ def print_sanity(sanity: Sanity, published: Sequence[SanityRow], *, as_json: boo
             }
         )
         return
-    console = _console()
+    console = terminal()
     table = Table(title=f"static per-tensor INT8 at one tensor, beside the published check ({SOURCE})")
     columns = ("checkpoint", "at", "policy", "t", "SQNR dB", "body dB", "rel. MAE", "rel. RMSE", "zeroed", "clipped")
     for column in columns:
@@ -122,10 +121,6 @@ def _maximum_record(one: CheckpointMaximum) -> dict[str, Any]:
 
 def _print_json(record: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
 
 
 def _number(value: float | None) -> str:
