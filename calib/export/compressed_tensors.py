@@ -66,8 +66,12 @@ def write_checkpoint(
     Raises:
         UsageError: the scales are not 8-bit and per tensor.
         ModelError: no linear layer of the model has a scale.
-        ArtifactError: the scales are of another model, or the disk is full.
+        ArtifactError: the scales are of another model, need an operation that no checkpoint holds, or the disk is full.
     """
+    if any(cure.needs == "online-op" for cure in scales.cures):
+        raise ArtifactError(
+            f"{scales.model.name}: its cures need an operation that no checkpoint holds; choose scales without it"
+        )
     if scales.model.fingerprint != opened.provenance.fingerprint:
         raise ArtifactError(
             f"{opened.provenance.name}: the scales are of another model, {scales.model.name}; measure this one"

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from calib.errors import ArtifactError, CalibError, UsageError
-from calib.export import FORMATS, export_scales, verify_export
+from calib.export import FORMATS, export_scales, verify_export, write_checkpoint
 from calib.export.aimet import Encoding, encodings
 from calib.export.read_aimet import read_aimet
 from calib.scales import load_scales
+from calib.schema.scales import CureRecord
 from tests.export.conftest import Lab
 
 
@@ -356,3 +357,17 @@ def test_a_missing_package_is_named_with_the_command(
     monkeypatch.setattr(write.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'calib\[torchao\]'"):
         export(llama, tmp_path / "out", "torchao")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_no_format_takes_scales_that_need_an_operation_while_the_model_runs(
+    name: str, llama: Lab, tmp_path: Path
+) -> None:
+    """It would load, compute something else, and nobody would say so."""
+    rotated = CureRecord(kind="rotate", summary="inputs", needs="online-op")
+    scales = llama.scales().model_copy(update={"cures": [rotated]})
+    with pytest.raises(ArtifactError, match="cannot express the cure 'rotate'"):
+        export_scales(scales, tmp_path / "out", llama.opened, to=name, measurement=llama.measurement)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ArtifactError, match="an operation that no checkpoint holds"):
+        write_checkpoint(llama.opened, scales, tmp_path)

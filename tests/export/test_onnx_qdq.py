@@ -75,6 +75,40 @@ def test_the_float_twin_has_no_integer_layer_and_gives_nearly_the_same(bert_fold
     assert 0 < np.abs(plain - rounded).max() < 0.1 * np.abs(plain).max()
 
 
+def test_between_products_there_are_two_dimensions_and_no_slow_norm(bert_folder: Path, tmp_path: Path) -> None:
+    graph = onnx.load(bert_folder / "model.onnx").graph
+    names = {name for node in graph.node for name in node.output}
+    made = {output: node for node in graph.node for output in node.output}
+    for layer in range(2):
+        flat = made[f"bert.encoder.layer.{layer}.output.dense/flat"]
+        assert made[flat.input[0]].op_type == "Gelu"
+        assert made[made[flat.input[0]].input[0]].op_type == "Gemm"  # no way back to three dimensions in between
+    assert "rows/lead" in names  # made once: attention and the output need three dimensions
+    assert sum(name.endswith("/lead") for name in names) == 1
+    session(bert_folder / "model.onnx", optimised=tmp_path / "optimised.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert "SkipLayerNormalization" not in kinds
+    assert kinds.count("LayerNormalization") == 6
+    session(a_norm_of_three_dimensions(tmp_path), optimised=tmp_path / "plain.onnx")
+    assert "SkipLayerNormalization" in [node.op_type for node in onnx.load(tmp_path / "plain.onnx").graph.node]
+
+
+def a_norm_of_three_dimensions(tmp_path: Path) -> Path:
+    """An addition and a norm in three dimensions, as torch exports them."""
+    from onnx import TensorProto, helper
+
+    ones = numpy_helper.from_array(np.ones(64, np.float32), "ones")
+    three = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["a", "b", 64]) for name in ("x", "y", "z")]
+    nodes = [
+        helper.make_node("Add", ["x", "y"], ["sum"]),
+        helper.make_node("LayerNormalization", ["sum", "ones", "ones"], ["z"], axis=-1),
+    ]
+    graph = helper.make_graph(nodes, "before", three[:2], three[2:], [ones])
+    path = tmp_path / "before.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
 def test_a_graph_that_runtimes_keep_in_float_is_told_from_one_in_integers(bert_folder: Path, tmp_path: Path) -> None:
     model = onnx.load(bert_folder / "model.onnx")
     (node,) = (n for n in model.graph.node if n.name == "bert.encoder.layer.0.intermediate.dense/gemm")
