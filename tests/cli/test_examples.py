@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from calib.measurement import Measurement
 from tests import media_models
 from tests.cli.commands import one_line, run
 from tests.measurement.functional_probe import functional_probe
 from tests.media_models import lines, picture, sound
+
+OLD = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +63,6 @@ def measured(model: Path, data: Path, folder: Path, *more: object) -> Measuremen
 
 def probed(folder: Path, class_name: str, calls: list[dict[str, Any]]) -> dict[str, tuple[float, float, int]]:
     """Extremes of what each product reads, from functions that are replaced, over several forward passes."""
-    import transformers
-
     model = getattr(transformers, class_name).from_pretrained(folder).eval()
     with torch.no_grad(), functional_probe(model) as seen:
         for inputs in calls:
@@ -82,10 +83,10 @@ def pil(path: Path) -> Any:
 
 
 def test_a_folder_of_pictures(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor
+    from transformers import ViTImageProcessorPil
 
     found = measured(model("vit"), root / "pictures", tmp_path / "m")
-    processor = AutoImageProcessor.from_pretrained(model("vit"))
+    processor = ViTImageProcessorPil.from_pretrained(model("vit"))
     calls = [processor(images=[pil(root / "pictures" / f"{i}.png")], return_tensors="pt") for i in range(5)]
     naive = probed(model("vit"), "ViTForImageClassification", calls)
     assert len(naive) > 10
@@ -129,6 +130,7 @@ def test_pictures_inside_messages(root: Path, model: Callable[[str], Path], tmp_
     assert ranges(found, list(naive)) == naive
 
 
+@pytest.mark.skipif(OLD, reason="AutoImageProcessor of this version is a part of torchvision")
 def test_a_grid_of_patches_of_any_size(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -268,12 +270,11 @@ def test_two_domains_get_equal_shares(root: Path, model: Callable[[str], Path], 
 def test_a_model_that_sees_or_hears_is_quantized(
     name: str, data: str, root: Path, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     assert run("quantize", model(name), "-d", root / data, "-o", tmp_path / "q", "-q") == 0
     scales = json.loads((tmp_path / "q" / "scales.json").read_text())
-    tower = {"vit": "vit.layers", "llava": "model.vision_tower", "whisper": "model.encoder.layers"}[name]
+    tower = {"vit": "vit.", "llava": "model.vision_tower", "whisper": "model.encoder.layers"}[name]
     linears = [t for t in scales["tensors"].values() if t["module"].startswith(tower) and t["kind"] == "linear_input"]
     assert linears
     assert all(t["scale"] > 0 for t in linears)
@@ -291,7 +292,9 @@ def test_a_model_that_sees_or_hears_is_quantized(
 
 def test_sites_of_a_model_that_only_sees(model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sites", model("vit"), "--json") == 0
-    assert "vit.layers.1.mlp.fc2" in capsys.readouterr().out
+    names = [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]]
+    assert "vit.embeddings.patch_embeddings:output" in names
+    assert "classifier:output" in names
 
 
 def _broken(root: Path, folder: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from benchmarks import tiny_models
@@ -21,6 +22,7 @@ from calib.models import open_model
 from tests.cli.commands import SMALL, one_line, run
 
 GROUP = 32
+OLD = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20)
 
 
 def bits_of(codes: list[int], width: int) -> np.int32:
@@ -187,6 +189,7 @@ def test_mxfp4_experts_are_multiplied_out_and_measured_one_by_one(tmp_path: Path
     assert "model.layers.0.mlp.experts:hidden@1" in measurement.sites
 
 
+@pytest.mark.skipif(OLD, reason="this version imports triton for it")
 def test_fp8_blocks_are_multiplied_out_on_a_cpu(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "m")
     state = load_file(tmp_path / "m" / "model.safetensors")
