@@ -9,8 +9,12 @@ log-likelihood; every lambda is reported too. Target: the MCMI teacher's distanc
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from finished_runs import FinishedRuns
