@@ -85,7 +85,7 @@ def write_checkpoint(
     summary="checkpoint with static W8A8 weights and scales",
     carries="weights, input scales, key and value scales, what stays in float",
     consumers=("vLLM", "transformers", "SGLang (fp8)"),
-    proven="transformers, bit for bit; vLLM",
+    proven="transformers, bit for bit; vLLM; llm-compressor",
     cures=("smooth", "rotate", "keep", "clip", "compensate"),
     variants=("int8", "fp8"),
     kv_heads=True,

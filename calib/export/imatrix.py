@@ -33,7 +33,7 @@ _SAME_AS = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qw
     summary="importance matrix: sums of squares per input channel, GGUF names",
     carries="channel energies of linear inputs; no scale",
     consumers=("llama.cpp llama-quantize --imatrix",),
-    proven="gguf's reader",
+    proven="gguf's reader, llama.cpp's loader",
     variants=("gguf", "dat"),
     measurement=True,
 )

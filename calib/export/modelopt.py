@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA ModelOpt's checkpoint format, FP8 static: `hf_quant_config.json`, mirrored in `config.json`.
 
-One scale per weight and per input, float32 scalars, amax / 448. Layers that TensorRT-LLM fuses get one scale. ModelOpt
+One scale per weight and per input, float32 scalars, amax / 448. Layers that TensorRT-LLM fuses get one scale, the
+largest; ModelOpt 0.47 leaves that to the reader. All else equals what it writes itself (`make test-consumers`). It
 writes scales of keys and values of at least 1.0; here they are what was measured. Source: Model-Optimizer,
 `modelopt/torch/export/quant_utils.py` (`get_scaling_factor`).
 """
@@ -31,7 +32,7 @@ FILE = "hf_quant_config.json"
     summary="ModelOpt checkpoint, FP8 static",
     carries="weights, input scales, key and value scales, what stays in float",
     consumers=("TensorRT-LLM", "vLLM (GPU)", "SGLang"),
-    proven="its schema",
+    proven="what ModelOpt itself writes",
     variants=("fp8",),
     model=True,
 )

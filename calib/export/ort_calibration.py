@@ -4,7 +4,8 @@
 `calibration.json` is what `write_calibration_table` writes and the TensorRT execution provider reads. `overrides.json`
 goes into `extra_options={"TensorQuantOverrides": ...}` of `quantize_static` after `ort_overrides` made its numbers
 numpy arrays, which that function insists on. Optimum's `ORTQuantizer.quantize(calibration_tensors_range=...)` takes the
-same ranges. Names are those of the float `model.onnx` beside them.
+same ranges; it rounds the outputs of products too, whose ranges it must calibrate itself. Names are those of the float
+`model.onnx` beside them.
 Source: onnxruntime 1.32, `quantization/quant_utils.py` and `quantization/calibrate.py`.
 """
 
@@ -32,7 +33,7 @@ GRAPH, TABLE, OVERRIDES = "model.onnx", "calibration.json", "overrides.json"
     summary="float ONNX graph, calibration table and TensorQuantOverrides for ONNX Runtime's quantizer",
     carries="input ranges and scales, names of the graph",
     consumers=("onnxruntime.quantization", "Optimum ORTQuantizer", "TensorRT execution provider"),
-    proven="onnxruntime.quantization.quantize_static",
+    proven="quantize_static, Optimum",
     model=True,
     extra="onnx",
 )
