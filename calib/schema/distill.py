@@ -212,7 +212,9 @@ class DistillRecipe(Strict):
     protocol: ProtocolRecipe = Field(default_factory=ProtocolRecipe)
     temperatures: list[float] = Field(default=[1.0], min_length=1, description="CMI of the teachers at each")
     seeds: list[int] = Field(default=[0], min_length=1)
-    tensorboard: bool = Field(default=False, description="Write the losses for TensorBoard too; log.csv has them anyway")
+    tensorboard: bool = Field(
+        default=False, description="Write the losses for TensorBoard too; log.csv has them anyway"
+    )
 
 
 class TeacherRow(Strict):
