@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,10 +47,24 @@ def read_data(recipe: DistillRecipe) -> RecipeData:
         if not set(test.class_names) <= set(train.class_names):
             raise UsageError(f"{data.source}: the test data have classes that the training data lack; check the splits")
         test = test.renamed({name: number for number, name in enumerate(train.class_names)})
+    _check_classes(train, data.source)
     if data.limit is not None and data.limit < len(train):
         train = train.select(stratified_share(train.labels, data.limit / len(train)))
     parts = split_off(train, data.validation_share)
     return RecipeData(parts.train, parts.validation, test)
+
+
+def _check_classes(train: Records, source: str) -> None:
+    """Every class needs a sample to train on and one to validate by."""
+    if len(train.class_names) < 2:
+        raise UsageError(f"{source}: one class only, {train.class_names[0]}; a classifier needs two or more")
+    counts = Counter(train.labels)
+    for number, name in enumerate(train.class_names):
+        if counts[number] < 2:
+            raise UsageError(
+                f"{source}: {counts[number]} training samples of class {name}; each class needs two or more, "
+                "for training and validation"
+            )
 
 
 def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, seed: int, device: str) -> Classifier:
@@ -87,32 +102,19 @@ def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData
 
 
 def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
-    image = recipe.data.image
-    model = make_network(str(source.network), data.classes, channels=image.channels, size=image.size or 1)
-    return Classifier(
-        model=model.to(_device(device)),
-        kind="image",
-        classes=data.classes,
-        name=str(source.network),
-        task=ClassificationTask(),
-        image=image,
-    )
+    image, name = recipe.data.image, str(source.network)
+    model = make_network(name, data.classes, channels=image.channels, size=image.size or 1).to(_device(device))
+    return Classifier(model, "image", data.classes, name, ClassificationTask(), image=image)
 
 
 def _encoder(source: ModelRecipe, data: RecipeData, device: str) -> Classifier:
     from calib.models import open_model
 
-    found = open_model(str(source.encoder), task="feature-extraction", device=device, dtype="float32")
+    name = str(source.encoder)
+    found = open_model(name, task="feature-extraction", device=device, dtype="float32")
     encoder = found.model if source.layers is None else shortened(found.model, source.layers)
-    model = EncoderClassifier(encoder, data.classes)
-    return Classifier(
-        model=model.to(_device(device)),
-        kind="text",
-        classes=data.classes,
-        name=str(source.encoder),
-        task=ClassificationTask(),
-        tokenizer=found.tokenizer,
-    )
+    model = EncoderClassifier(encoder, data.classes).to(_device(device))
+    return Classifier(model, "text", data.classes, name, ClassificationTask(), tokenizer=found.tokenizer)
 
 
 def optimiser_settings(recipe: OptimiserRecipe) -> OptimiserSettings:

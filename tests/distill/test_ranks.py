@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,26 +48,21 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path) -> None:
         tmp_path / "data.safetensors",
     )
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    for command in ([sys.executable], launch):
-        done = subprocess.run(
-            [*command, str(tmp_path / "script.py"), str(tmp_path)],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert not done.returncode, done.stderr[-2000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for count in (1, 2):
+        processes = []
+        for rank in range(count):
+            # what `accelerate launch` and `torchrun` tell the processes that they start
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+            command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        for process in processes:
+            _, errors = process.communicate(timeout=180)
+            assert not process.returncode, errors[-2000:]
     one, first, second = (load_file(tmp_path / f"{name}.st") for name in ("1-0", "2-0", "2-1"))
     assert int(first.pop("count")) == int(second.pop("count")) == 2
     for name, tensor in first.items():
@@ -73,7 +70,7 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path) -> None:
         assert torch.allclose(tensor, one[name], atol=1e-4), name
 
 
-def test_shares_of_a_batch_are_disjoint_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_of_a_batch_are_disjoint_and_complete() -> None:
     ranks = Ranks()
     batch = (torch.arange(5), torch.arange(5))
     assert ranks.share(batch) is batch

@@ -32,17 +32,17 @@ class Contrastive(Framework):
     defaults = Weights(1.0, 0.0, 0.8)
     needs_embedding = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         assert student.embedding is not None
         assert teacher.embedding is not None
         if student.index is None:
             raise UsageError("crd: needs the number of each sample; batches must be (inputs, labels, index)")
-        self.negatives = min(_NEGATIVES, samples)
+        self.negatives = min(_NEGATIVES, self.samples)
         self.student_layer = nn.Linear(student.embedding.shape[1], _WIDTH)
         self.teacher_layer = nn.Linear(teacher.embedding.shape[1], _WIDTH)
         self.loss = torchdistill_losses("crd").CRDLoss(
-            "s", "empty", "t", _WIDTH, samples, self.negatives, samples, _TEMPERATURE, _MOMENTUM
+            "s", "empty", "t", _WIDTH, self.samples, self.negatives, self.samples, _TEMPERATURE, _MOMENTUM
         )
 
     def feature_loss(self, student: View, teacher: View) -> Tensor:

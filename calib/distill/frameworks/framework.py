@@ -29,7 +29,8 @@ class Weights:
 class Framework(nn.Module):
     """Loss of a student; its parameters, if it has any, are trained with the student's and thrown away.
 
-    Subclasses give `feature_loss`, and say by `needs_maps`, `needs_embedding` and `images_only` what they need.
+    Subclasses give `feature_loss`, make in `build` what it needs, and say by `needs_maps`, `needs_embedding` and
+    `images_only` what that is.
 
     Args:
         student: one view of the student, for shapes.
@@ -64,6 +65,10 @@ class Framework(nn.Module):
             raise UsageError(f"{name}: needs feature maps, but none were found; use kd or dkd")
         if self.images_only and (student.maps[-1].shape[3] == 1 or teacher.maps[-1].shape[3] == 1):
             raise UsageError(f"{name}: is defined on images; use kd, dkd, pkt, sp, cc or rkd")
+        self.build(student, teacher)
+
+    def build(self, student: View, teacher: View) -> None:
+        """Makes layers and losses for views of these shapes; none, unless a framework says otherwise."""
 
     def prepare(self, batch: Any) -> Any:
         """The batch that student and teacher see; as it is, unless a framework says otherwise."""

@@ -60,8 +60,8 @@ class Hierarchical(Framework):
     needs_maps = True
     images_only = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         count, classes = min(len(student.maps), len(teacher.maps)), student.logits.shape[1]
 
         def classifiers(view: View) -> nn.ModuleList:

@@ -33,8 +33,8 @@ class Attention(Framework):
     defaults = Weights(1.0, 0.0, 1000.0)
     needs_maps = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         point = {"io": "output"}
         count = min(len(student.maps), len(teacher.maps))
         pairs = {
@@ -58,8 +58,8 @@ class ProbabilisticTransfer(Framework):
     defaults = Weights(1.0, 0.0, 30000.0)
     needs_embedding = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         self.loss = torchdistill_losses("pkt").PKTLoss("e", "output", "e", "output")
 
     def feature_loss(self, student: View, teacher: View) -> Tensor:
@@ -79,8 +79,8 @@ class Similarity(Framework):
     defaults = Weights(1.0, 0.0, 3000.0)
     needs_embedding = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         self.loss = torchdistill_losses("sp").SPKDLoss("e", "e", "batchmean")
         self.loss.matmul_and_normalize = _row_normalised_gram
 
@@ -111,8 +111,8 @@ class CorrelationCongruence(Framework):
     needs_embedding = True
     width = 128
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         assert student.embedding is not None
         assert teacher.embedding is not None
         self.student_layer = nn.Linear(student.embedding.shape[1], self.width)
@@ -137,8 +137,8 @@ class Relational(Framework):
     defaults = Weights(1.0, 0.0, 1.0)
     needs_embedding = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         self.loss = torchdistill_losses("rkd").RKDLoss("e", "e", 25.0, 50.0, "mean")
 
     def feature_loss(self, student: View, teacher: View) -> Tensor:
@@ -175,8 +175,8 @@ class Variational(Framework):
     needs_maps = True
     images_only = True
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         pairs = paired_maps(student, teacher)
         self.regressors = nn.ModuleList(_Regressor(mine.shape[1], theirs.shape[1]) for mine, theirs in pairs)
         point = {"io": "output"}

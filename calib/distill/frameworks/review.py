@@ -57,8 +57,8 @@ class Review(Framework):
     images_only = True
     warmup = 20 / 240  # 20 of 240 epochs in the authors' code
 
-    def __init__(self, student: View, teacher: View, samples: int, weights: Weights | None = None) -> None:
-        super().__init__(student, teacher, samples, weights)
+    def build(self, student: View, teacher: View) -> None:
+        """Layers and loss."""
         count = min(len(student.maps), len(teacher.maps))
         middle = min(_MAX_WIDTH, student.maps[-1].shape[1])
         pairs = zip(student.maps[-count:], teacher.maps[-count:], strict=True)
