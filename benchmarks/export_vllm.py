@@ -13,6 +13,8 @@ nothing is rounded. And calib's quantized model against itself with embeddings c
 codes takes the other one, as it does where float sums are added in another order, and the difference spreads. The
 largest change of a best token's log-probability in that control is the allowance for margins of greedy text.
 
+The cured model is smoothed and has a few layers in float, which any checkpoint holds (`--cure smooth,keep`).
+
 Speed is that of all quantized layers together, 128 rows, against float32 products of the same shapes, in turn.
 """
 
@@ -35,6 +37,8 @@ from results_file import median_interval, write
 from safetensors.torch import load_file
 
 from calib.corpus import build_blocks
+from calib.cures.result import CureOptions
+from calib.cures.search import find_cure
 from calib.export import export_scales, verify_export
 from calib.export.emulate import compressed_tensors_plan
 from calib.export.read_compressed_tensors import CompressedCheckpoint, read_compressed_tensors
@@ -42,10 +46,13 @@ from calib.measurement.engine import measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel
 from calib.scales import choose_scales
+from calib.schema.scales import ScaleFile
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".consumers" / "vllm" / "bin" / "python"
 NUDGE = 1e-4
+KEPT = 3
+"""Layers that the cure may leave in float, the largest range against the usual first: an ignore list."""
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -55,7 +62,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     given = parser.parse_args()
     opened = open_model(given.model or fetch("smollm2"), device="cpu", dtype="float32")
-    measurement = measure(opened, build_blocks([], opened.tokenizer, samples=given.samples, max_length=256))
+    blocks = build_blocks([], opened.tokenizer, samples=given.samples, max_length=256)
+    measurement = measure(opened, blocks)
     prompts = build_blocks([], opened.tokenizer, samples=3, max_length=48, seed=11).input_ids.tolist()
     results: dict[str, Any] = {"prompts": len(prompts), "tokens": len(prompts[0])}
     with tempfile.TemporaryDirectory() as temporary:
@@ -64,28 +72,44 @@ def main() -> None:
         opened.model.save_pretrained(plain)
         opened.tokenizer.save_pretrained(plain)
         slow = run(plain, prompts, folder / "float.json")
+        results["vllm"] = slow["vllm"]
         results["float model in vLLM against transformers"] = compare(opened, None, prompts, slow)
         kinds: dict[str, dict[str, Any]] = {
             "symmetric": {},
             "symmetric, down_proj in float": {"ignore": ["*.down_proj:input"]},
         }
         for name, options in kinds.items():
-            out = folder / name.replace(", ", "_").replace(" ", "_")
-            export_scales(choose_scales(measurement, **options), out, opened, to="compressed-tensors")
-            checked = verify_export(out)
-            assert checked.passed, checked.problems
-            assert checked.consumer is not None
-            found = run(out, prompts, folder / f"{out.name}.json")
-            read = read_compressed_tensors(out)
-            results[name] = {
-                "transformers_largest_difference": checked.consumer.model_difference,
-                **scales_read(read, found),
-                **single_layers(read, folder / f"{out.name}.json.layers.safetensors"),
-                **compare(opened, read, prompts, found),
-                "layer_speed_against_float32": median_interval(found["layer_speed"]),
-            }
-            results["vllm"] = found["vllm"]
+            scales = choose_scales(measurement, **options)
+            results[name] = examine(opened, scales, folder / name.replace(", ", "_").replace(" ", "_"), prompts)
             write("export_vllm", results)
+        held_out = build_blocks([], opened.tokenizer, samples=10, max_length=256, seed=7)
+        cured = find_cure(opened, measurement, blocks, held_out, CureOptions(cures=("smooth", "keep"), keep=KEPT))
+        results["cured"] = {
+            "cure": cured.candidate.name,
+            "quality": {
+                row.name: {"kl": row.divergence.value, "ratio": row.ratio and row.ratio.value} for row in cured.rows
+            },
+            **examine(cured.opened, cured.scales, folder / "cured", prompts),
+        }
+        write("export_vllm", results)
+
+
+def examine(opened: OpenedModel, scales: ScaleFile, out: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """Exports scales, loads them in transformers and vLLM, and compares."""
+    export_scales(scales, out, opened, to="compressed-tensors")
+    checked = verify_export(out)
+    assert checked.passed, checked.problems
+    assert checked.consumer is not None
+    record = out.with_suffix(".json")
+    found = run(out, prompts, record)
+    read = read_compressed_tensors(out)
+    return {
+        "transformers_largest_difference": checked.consumer.model_difference,
+        **scales_read(read, found),
+        **single_layers(read, record.with_name(f"{record.name}.layers.safetensors")),
+        **compare(opened, read, prompts, found),
+        "layer_speed_against_float32": median_interval(found["layer_speed"]),
+    }
 
 
 def run(folder: Path, prompts: list[list[int]], out: Path) -> dict[str, Any]:
