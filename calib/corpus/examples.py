@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples: pictures, sound, and pairs of text, as folders, JSON lines and parquet hold them.
 
-A record has `image` or `images` (paths relative to the folder of the list), `audio` (a path), `text`, `messages`
-whose content holds parts of the types text, image and audio, and `target` (also `labels`), what a decoder writes.
+A record has `image` or `images` (paths relative to the folder of the list; in parquet also `{bytes, path}`, as data
+sets hold pictures), `audio` (the same), `text`, `messages` whose content holds parts of the types text, image and
+audio, and `target` (also `labels`), what a decoder writes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.corpus.documents import default_domain, parse_source
-from calib.corpus.media import PICTURES, SOUNDS, check_file
+from calib.corpus.media import PICTURES, SOUNDS, Media
 from calib.corpus.readers import SUFFIXES, json_records, parquet_records
 from calib.errors import CorpusError
 
@@ -30,8 +31,8 @@ class Example:
     """One input of a model that takes more than one text.
 
     Attributes:
-        images: files of its pictures, in the order in which the text shows them.
-        audio: file of its sound.
+        images: its pictures, in the order in which the text shows them.
+        audio: its sound.
         text: plain text.
         messages: a conversation; its parts name no files any more: pictures and sounds follow from `images`, `audio`.
         target: what a decoder is taught to write.
@@ -39,8 +40,8 @@ class Example:
         source: where it was read, for errors.
     """
 
-    images: tuple[Path, ...] = ()
-    audio: Path | None = None
+    images: tuple[Media, ...] = ()
+    audio: Media | None = None
     text: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     target: str | None = None
@@ -72,8 +73,12 @@ def read_examples(spec: str) -> Iterator[Example]:
         files = _media_files(path) if path.is_dir() else [path]
         for file in files:
             is_sound = file.suffix.lower() in SOUNDS
+            media = Media(file)
             yield Example(
-                images=() if is_sound else (file,), audio=file if is_sound else None, domain=fallback, source=str(file)
+                images=() if is_sound else (media,),
+                audio=media if is_sound else None,
+                domain=fallback,
+                source=str(file),
             )
         return
     if not path.exists():
@@ -91,22 +96,19 @@ def hash_examples(examples: Sequence[Example]) -> str:
     """Return the sha256 over the content of examples in order, files by their bytes."""
     digest = hashlib.sha256()
     for example in examples:
-        files = [hashlib.sha256(_bytes(file, example.source)).hexdigest() for file in _files(example)]
+        files = [hashlib.sha256(_bytes(media, example.source)).hexdigest() for media in _media(example)]
         content = [files, example.text, example.messages, example.target]
         digest.update(json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
-def _files(example: Example) -> list[Path]:
+def _media(example: Example) -> list[Media]:
     return [*example.images, *([example.audio] if example.audio else [])]
 
 
-def _bytes(file: Path, where: str) -> bytes:
-    check_file(file, where if where == str(file) else f"{where}: {file.name}")
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{where}: {file.name} cannot be read ({error.strerror}); check the file") from error
+def _bytes(media: Media, where: str) -> bytes:
+    with media.open(where if where == str(media.path) else f"{where}: {media.name}") as file:
+        return file.read()
 
 
 def _kinds(name: str) -> frozenset[str]:
@@ -162,8 +164,8 @@ def _example(record: object, where: str, folder: Path, domain: str | None, fallb
     if not given:
         found = ", ".join(map(str, list(record)[:8])) or "nothing"
         raise CorpusError(f"{where}: none of the fields {', '.join(_FIELDS)}; found {found}, rename the field")
-    images = _paths(given.get("images", given.get("image", [])), where, folder)
-    audio = _paths(given.get("audio", []), where, folder)
+    images = _found(given.get("images", given.get("image", [])), where, folder)
+    audio = _found(given.get("audio", []), where, folder)
     messages = None
     if "messages" in given:
         messages, shown, heard = _conversation(given["messages"], where, folder)
@@ -189,22 +191,30 @@ def _string(given: Mapping[str, Any], name: str, where: str) -> str | None:
     return value or None
 
 
-def _paths(value: object, where: str, folder: Path) -> list[Path]:
-    listed = value if isinstance(value, list | tuple) else [value]
-    for entry in listed:
-        if not isinstance(entry, str) or "://" in entry:
-            shown = entry if isinstance(entry, str) else type(entry).__name__
+def _found(value: object, where: str, folder: Path) -> list[Media]:
+    """What a field names, one or a list: paths, or `{bytes, path}`."""
+    found = []
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        path, content = entry, None
+        if isinstance(entry, Mapping):
+            path, content = entry.get("path"), entry.get("bytes")
+        if isinstance(content, bytes):
+            found.append(Media(Path(path if isinstance(path, str) and path else "bytes"), content))
+        elif isinstance(path, str) and "://" not in path:
+            found.append(Media(folder / path))
+        else:
+            shown = path if isinstance(path, str) else type(path).__name__
             raise CorpusError(f"{where}: {shown!r} is no path; name a file relative to the folder of the list")
-    return [folder / str(entry).removeprefix("file://") for entry in listed]
+    return found
 
 
 def _conversation(
     value: object, where: str, folder: Path
-) -> tuple[tuple[Mapping[str, Any], ...], list[Path], list[Path]]:
+) -> tuple[tuple[Mapping[str, Any], ...], list[Media], list[Media]]:
     """Messages whose parts name no files any more, and the files, in order."""
     if not isinstance(value, list) or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in value):
         raise CorpusError(f'{where}: `messages` is malformed; write [{{"role": "user", "content": "..."}}, ...]')
-    found: dict[str, list[Path]] = {"image": [], "audio": []}
+    found: dict[str, list[Media]] = {"image": [], "audio": []}
     messages = []
     for message in value:
         content = message.get("content")
@@ -222,7 +232,7 @@ def _conversation(
             file = next((part[key] for key in (kind, "path", "url", f"{kind}_url") if part.get(key)), None)
             if file is not None:
                 file = file.get("url") if isinstance(file, Mapping) else file
-                found[kind] += _paths(file, where, folder)
+                found[kind] += _found(file, where, folder)
             parts.append({"type": kind})
         messages.append({**message, "content": parts})
     return tuple(messages), found["image"], found["audio"]

@@ -1,29 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and sound, opened from files."""
+"""Pictures and sound, opened from files, or from the bytes that a parquet file holds."""
 
 from __future__ import annotations
 
+import io
 import wave
+from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.errors import CorpusError
 
-__all__ = ["PICTURES", "SOUNDS", "check_file", "open_picture", "open_sound"]
+__all__ = ["PICTURES", "SOUNDS", "Media", "open_picture", "open_sound"]
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 SOUNDS = frozenset({".wav"})
 
 
-def open_picture(path: Path, where: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A picture or a sound.
+
+    Attributes:
+        path: the file; only a name where the content is held.
+        content: encoded bytes, as parquet files of data sets hold them; None for a file.
+    """
+
+    path: Path
+    content: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.path.name
+
+    def open(self, where: str) -> BinaryIO:
+        """The encoded bytes, to be read.
+
+        Raises:
+            CorpusError: there is no such file, or it cannot be read.
+        """
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        if not self.path.is_file():
+            raise CorpusError(f"{where}: no such file; a list names files relative to its own folder")
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise CorpusError(f"{where}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def open_picture(media: Media, where: str) -> Any:
     """An RGB `PIL.Image`, decoded, turned upright as its EXIF data say.
 
     Args:
-        path: the file.
+        media: the picture.
         where: what names it, for errors.
 
     Raises:
@@ -33,17 +68,17 @@ def open_picture(path: Path, where: str) -> Any:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise CorpusError(f"{where}: pictures need Pillow; pip install calib[images]") from error
-    check_file(path, where)
     try:
-        with Image.open(path) as picture:
+        with media.open(where) as file, Image.open(file) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # a broken PNG raises SyntaxError
-        reason = str(error).replace(str(path), path.name).splitlines()[0] if str(error) else type(error).__name__
+        broken = str(error) and "BytesIO" not in str(error) and "BufferedReader" not in str(error)
+        reason = str(error).splitlines()[0] if broken else "it is of no known format"
         raise CorpusError(f"{where}: cannot be read as a picture ({reason}); replace it or take it out") from error
 
 
-def open_sound(path: Path, rate: int, where: str) -> NDArray[np.float32]:
+def open_sound(media: Media, rate: int, where: str) -> NDArray[np.float32]:
     """Samples of a PCM .wav file in [-1, 1], its channels averaged, float32 `[samples]` at `rate` per second.
 
     Another rate is changed by a polyphase filter (`scipy.signal.resample_poly`).
@@ -51,9 +86,8 @@ def open_sound(path: Path, rate: int, where: str) -> NDArray[np.float32]:
     Raises:
         CorpusError: the file is missing, is no PCM .wav, or holds no sample.
     """
-    check_file(path, where)
     try:
-        with wave.open(str(path), "rb") as sound:
+        with media.open(where) as file, wave.open(file, "rb") as sound:
             channels, width, own, frames = sound.getparams()[:4]
             raw = sound.readframes(frames)
     except (wave.Error, EOFError, OSError) as error:
@@ -68,16 +102,6 @@ def open_sound(path: Path, rate: int, where: str) -> NDArray[np.float32]:
         shared = gcd(own, rate)
         samples = resample_poly(samples, rate // shared, own // shared)
     return np.asarray(samples, np.float32)
-
-
-def check_file(path: Path, where: str) -> None:
-    """A file that a list names is there.
-
-    Raises:
-        CorpusError: it is not.
-    """
-    if not path.is_file():
-        raise CorpusError(f"{where}: no such file; a list names files relative to its own folder")
 
 
 def _decoded(raw: bytes, width: int) -> NDArray[np.float64]:

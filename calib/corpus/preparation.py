@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.corpus.examples import Example
-from calib.corpus.media import open_picture, open_sound
+from calib.corpus.media import Media, open_picture, open_sound
 from calib.errors import CorpusError
 
 __all__ = ["Preparation"]
@@ -45,7 +45,7 @@ class Preparation:
         Raises:
             CorpusError: a file cannot be read, or the processor refuses the example or makes no input of it.
         """
-        pictures = [open_picture(path, _where(example, path)) for path in example.images]
+        pictures = [open_picture(media, _where(example, media)) for media in example.images]
         sound = None
         if example.audio is not None:
             sound = open_sound(example.audio, self._rate(), _where(example, example.audio))
@@ -147,8 +147,8 @@ def _filled(content: list[dict[str, Any]], waiting: dict[str, Iterator[Any]]) ->
     return [p if p["type"] == "text" else {**p, p["type"]: next(waiting[p["type"]])} for p in content]
 
 
-def _where(example: Example, path: Any) -> str:
-    return example.source if example.source == str(path) else f"{example.source}: {path.name}"
+def _where(example: Example, media: Media) -> str:
+    return example.source if example.source == str(media.path) else f"{example.source}: {media.name}"
 
 
 def _listed(kinds: frozenset[str]) -> str:

@@ -97,6 +97,25 @@ def test_a_folder_of_pictures(root: Path, model: Callable[[str], Path], tmp_path
     assert sorted(set(found.sites["classifier:input"].statistics.peaks.document.tolist())) == [0, 1, 2, 3, 4]  # type: ignore[union-attr]
 
 
+def test_pictures_inside_a_parquet_file(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    files = [root / "pictures" / f"{i}.png" for i in range(5)]
+    rows = [{"image": {"bytes": file.read_bytes(), "path": file.name if i else None}} for i, file in enumerate(files)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "held.parquet")
+    found = measured(model("vit"), tmp_path / "held.parquet", tmp_path / "m")
+    apart = measured(model("vit"), root / "pictures", tmp_path / "apart")
+    assert {n: s.statistics.range.amax for n, s in found.sites.items()} == {
+        n: s.statistics.range.amax for n, s in apart.sites.items()
+    }
+    assert found.corpus.holds == {"image": 5}
+    assert [s.sha256 for s in found.corpus.sources] == [s.sha256 for s in apart.corpus.sources]
+    bad = [{"image": {"bytes": files[0].read_bytes()[:40], "path": "bad.png"}}]
+    parquet.write_table(pa.Table.from_pylist(bad), tmp_path / "bad.parquet")
+    assert run("measure", model("vit"), "-d", tmp_path / "bad.parquet", "-o", tmp_path / "x") == 1
+
+
 def test_pictures_and_text_go_through_the_chat_template(
     root: Path, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
