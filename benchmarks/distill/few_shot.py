@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Students of an MCMI teacher beside those of the teacher as trained, of its control, and of none; four data sizes.
 
-`python benchmarks/distill/few_shot.py` writes `results/distill_few_shot.json`. Fashion-MNIST, 5 seeds, framework kd.
+`python benchmarks/distill/few_shot.py [--steps N]` writes `results/distill_few_shot.json`, or with another number of
+steps than 200 `results/distill_few_shot_N_steps.json`. Fashion-MNIST, 5 seeds, framework kd.
 The published claim: at least as good at each size, and most at few samples.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 from image_data import ABOUT as DATA
 from image_data import image_data
-from image_students import ABOUT, chosen_strength, points, student
+from image_students import ABOUT, STEPS, chosen_strength, points, student
 from image_teachers import ABOUT as TEACHER
 from paired import mean_interval
 from results_file import write
@@ -21,8 +23,11 @@ SEEDS, SHARES = range(5), (1.0, 0.25, 0.1, 0.05)
 
 
 def main() -> None:
-    print("budget: 8 minutes on one core after teachers.py; finished students are kept", flush=True)
-    strength, choice = chosen_strength("fashion-mnist", SEEDS)
+    parser = argparse.ArgumentParser(description="Students of MCMI teachers at four data sizes.")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the optimiser, for every student")
+    steps = parser.parse_args().steps
+    print(f"budget: {3 * steps // 100} minutes on one core after teachers.py; finished students are kept", flush=True)
+    strength, choice = chosen_strength("fashion-mnist", SEEDS, steps)
     teachers: dict[str, float | str | None] = {"mcmi": strength, "mll": None, "control": 0.0, "none": "none"}
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for seed in SEEDS:
@@ -30,13 +35,14 @@ def main() -> None:
         for share in SHARES:
             for name, source in teachers.items():
                 framework = "ce" if name == "none" else "kd"
-                rows.setdefault((name, share), []).append(student(data, source, framework, share))
+                rows.setdefault((name, share), []).append(student(data, source, framework, share, steps=steps))
     write(
-        "distill_few_shot",
+        "distill_few_shot" if steps == STEPS else f"distill_few_shot_{steps}_steps",
         {
             "data": DATA["fashion-mnist"],
             "teacher": TEACHER,
             "student": ABOUT,
+            "steps": steps,
             "seeds": len(SEEDS),
             "interval": "95 % (Student's t), percentage points, pairs of one seed",
             "choice": choice,

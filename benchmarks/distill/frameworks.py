@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from image_data import ABOUT as DATA
 from image_data import image_data
-from image_students import ABOUT, chosen_strength, points, student
+from image_students import ABOUT, STEPS, chosen_strength, points, student
 from image_teachers import ABOUT as TEACHER
 from paired import mean_interval
 from results_file import write
@@ -41,6 +41,7 @@ def main() -> None:
             "data": DATA["fashion-mnist"],
             "teacher": TEACHER,
             "student": ABOUT,
+            "steps": STEPS,
             "seeds": len(SEEDS),
             "interval": "95 % (Student's t), percent and percentage points, pairs of one seed",
             "choice": choice,
