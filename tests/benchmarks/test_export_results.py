@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_minilm_runs_in_integers_and_equals_our_arithmetic() -> None:
         for runtime in ("onnxruntime", "openvino"):
             one = found[f"onnx-qdq {grid}"][runtime]
             assert one["integer_layers"] == one["layers"] == 36
+            assert all(ratio["low"] > 1.5 for ratio in one["cpu_time_of_float_over_quantized"].values())
             assert one["layer_difference"] < 1e-6
             assert one["model_difference"] < one["allowed"]
 
@@ -57,6 +59,21 @@ def test_vllm_holds_every_scale_and_its_layers_are_exact() -> None:
         assert one["single_layers_largest_difference"] < 1e-6
         assert one["greedy_differences_above_allowance"] == 0
         assert one["layer_speed_against_float32"]["low"] > 1
+
+
+def test_consumers_ran_on_the_exporters_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consumers live in environments that most machines lack; where they ran, `make test-consumers` left the record."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "consumers.py"))
+    found = result("consumers")
+    changed = sorted({name for name, _ in found["files"].items() ^ script["sources"]().items()})
+    assert not changed, f"{', '.join(changed)}: changed since consumers ran: run `make test-consumers`"
+    makefile = (ROOT / "Makefile").read_text()
+    for name, (package, *_) in script["CONSUMERS"].items():
+        pins = re.findall(rf"\b{package}==([\w.]+)", makefile)
+        assert pins == [found["consumers"][name][package]], f"{package} moved: run `make test-consumers`"
+    for name in ("vllm", "aimet", "llm_compressor", "optimum", "modelopt", "llama_cpp"):
+        assert any(f"_{name}_" in test for test in found["passed"])
 
 
 def test_the_server_answers_from_an_int8_checkpoint() -> None:
