@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,31 +65,44 @@ def main() -> None:
     part = given.part
     held = json.loads((RESULTS / f"{NAME}.json").read_text()) if (RESULTS / f"{NAME}.json").exists() else {}
     kept = {key: held[key] for key in ("train", "speed") if key in held}
-    write(NAME, {**kept, part: train(given.seeds) if part == "train" else speed()})
+    for found in train(given.seeds) if part == "train" else [speed()]:
+        write(NAME, {**kept, part: found})
 
 
-def train(seeds: int) -> dict[str, Any]:
+def train(seeds: int) -> Iterator[dict[str, Any]]:
+    """What is known after each seed."""
     print("budget: about 15 minutes on one core; finished runs are kept", flush=True)
     texts = [records(part, name) for part, name in zip(topics(TRAIN, TEST), ("train", "test"), strict=True)]
     finished = FinishedRuns(NAME)
     teacher, about = made_teacher(*texts)
-    rows = [
-        finished.of(
-            {"arm": arm, "how": str(ARMS[arm]), "seed": seed, "epochs": EPOCHS, "layers": LAYERS, "teacher": about},
-            lambda arm=arm, seed=seed: {"arm": arm, "seed": seed, **one_student(arm, seed, teacher, *texts)},
-        )
-        for seed in range(seeds)
-        for arm in ARMS
-    ]
-    return {
-        "data": {"source": "Reuters-R8", "train": TRAIN, "test": TEST, "tokens": TOKENS, "calibration": CALIBRATION},
-        "teacher": about,
-        "student": {"layers": LAYERS, "epochs": EPOCHS, "optimiser": str(STUDENT), "framework": "kd"},
-        "arms": {name: str(how) for name, how in ARMS.items()},
-        "targets": {"int8_within_points_of_teacher": 1, "peak_ratio": 5},
-        "compared": {arm: compared(rows, arm, about["accuracy"]) for arm in ARMS},
-        "rows": rows,
-    }
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for arm in ARMS:
+            key = {
+                "arm": arm,
+                "how": str(ARMS[arm]),
+                "seed": seed,
+                "epochs": EPOCHS,
+                "layers": LAYERS,
+                "teacher": about,
+            }
+            rows.append(finished.of(key, lambda arm=arm, seed=seed: one_student(arm, seed, teacher, *texts)))
+            rows[-1] = {"arm": arm, "seed": seed, **rows[-1]}
+        yield {
+            "data": {
+                "source": "Reuters-R8",
+                "train": TRAIN,
+                "test": TEST,
+                "tokens": TOKENS,
+                "calibration": CALIBRATION,
+            },
+            "teacher": about,
+            "student": {"layers": LAYERS, "epochs": EPOCHS, "optimiser": str(STUDENT), "framework": "kd"},
+            "arms": {name: str(how) for name, how in ARMS.items()},
+            "targets": {"int8_within_points_of_teacher": 1, "peak_ratio": 5},
+            "compared": {arm: compared(rows, arm, about["accuracy"]) for arm in ARMS},
+            "rows": rows,
+        }
 
 
 def records(part: Topics, name: str) -> Records:
