@@ -77,10 +77,10 @@ def train(seeds: int) -> Iterator[dict[str, Any]]:
     teacher, about = made_teacher(*texts)
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
-        for arm in ARMS:
+        for arm, how in ARMS.items():
             key = {
                 "arm": arm,
-                "how": str(ARMS[arm]),
+                "how": str(how),
                 "seed": seed,
                 "epochs": EPOCHS,
                 "layers": LAYERS,
