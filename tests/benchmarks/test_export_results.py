@@ -49,6 +49,7 @@ def test_vllm_holds_every_scale_and_its_layers_are_exact() -> None:
     for kind, layers, fused in (
         ("symmetric", 210, 120),
         ("symmetric, down_proj in float", 180, 90),
+        ("cured", 207, 117),
     ):
         one = found[kind]
         assert one["transformers_largest_difference"] == 0
@@ -59,6 +60,13 @@ def test_vllm_holds_every_scale_and_its_layers_are_exact() -> None:
         assert one["single_layers_largest_difference"] < 1e-6
         assert one["greedy_differences_above_allowance"] == 0
         assert one["layer_speed_against_float32"]["low"] > 1
+
+
+def test_a_cured_checkpoint_agrees_with_our_model_in_vllm_where_a_plain_one_is_chaotic() -> None:
+    found = result("export_vllm")
+    plain, cured = found["symmetric"], found["cured"]
+    assert cured["top1_agreement"] > cured["control_top1_agreement_with_itself_nudged"] > 0.8
+    assert cured["kl_mean"] < 0.1 * plain["kl_mean"]
 
 
 def test_consumers_ran_on_the_exporters_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
