@@ -16,6 +16,7 @@ from image_data import ABOUT as DATA
 from image_data import image_data
 from image_students import ABOUT, STEPS, chosen_strength, points, student
 from image_teachers import ABOUT as TEACHER
+from image_teachers import teacher as made_teacher
 from paired import mean_interval
 from results_file import write
 
@@ -63,6 +64,9 @@ def main() -> None:
                 }
                 for omitted in OMITTED
             },
+            "teachers": [
+                made_teacher(image_data(name, seed), source)[1] for seed in SEEDS for source in (None, 0.0, strength)
+            ],
             "rows": [row for found in rows.values() for row in found],
         },
     )
