@@ -4,7 +4,7 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/quality.py             # about half an hour on two quiet cores
 
 Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for the searches; 200,000.. evaluation
-(48 x 512 for what is chosen, 24 for the rows beside it; the first 12 of them to compare with older figures).
+(48 x 512 for what `auto` chooses, 24 for the rows beside it; the first 12 of them to compare with older figures).
 Perplexity over positions 1..511, float32. All linear layers but the head; activations per tensor, static unless said;
 weights per output row, unless said.
 Rows are written as they come, and not computed again (--fresh does).
@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from results_file import RESULTS, write
 
 from calib.corpus import TokenBlocks, build_blocks
-from calib.cures.result import CureOptions
-from calib.cures.search import find_cure
+from calib.cures import Cured, CureOptions, find_cure
+from calib.cures.candidate import CONVENTION
 from calib.evaluation.interval import perplexity_ratio
 from calib.evaluation.language import score_tokens
 from calib.measurement import MeasureOptions, measure
@@ -43,6 +43,8 @@ from calib.scales import choose_scales
 
 LENGTH = 512
 NAME = "quality"
+_WITH_CACHE = ("auto", "auto + rotate")
+"""Searches whose choice is judged on all blocks, and again with keys and values in INT8."""
 
 
 def book(opened: OpenedModel, folder: Path) -> NDArray[np.int64]:
@@ -141,8 +143,11 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
 
     searches = {
         "auto": CureOptions(target=1.0),
-        "auto + rotate": CureOptions(cures=("smooth", "prefix", "rotate", "compensate"), target=1.0),
+        "auto + rotate": CureOptions(cures=("smooth", "prefix", "rotate"), target=1.0),
         "ordinary checkpoint, 3 kept": CureOptions(cures=("smooth", "compensate", "keep"), target=1.0, keep=3),
+        "auto + rotate, weights per tensor": CureOptions(
+            cures=("smooth", "prefix", "rotate"), target=1.0, weight_granularity="per-tensor"
+        ),
     }
     for name, options in searches.items():
         if name in table.searches:
@@ -160,10 +165,11 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         for row in best if name == "auto" else []:
             score(f"best single alpha: {row.name}", lambda c=row.candidate: c.quantized(model))
         ids_ = candidate.prefix_ids
-        count = arguments.blocks if name == "auto" else arguments.few
+        count = arguments.blocks if name in _WITH_CACHE else arguments.few
         chosen = f"{name} (chosen): {candidate.name}"
         score(chosen, lambda: QuantizedModel(mine.model, cured.plan), ids_, count=count, of=mine.model)  # noqa: B023
-        _chosen(name, cured, mine, score)
+        if name in _WITH_CACHE:
+            _with_cache(name, cured, mine, score, count)
         table.searches[name] = {
             "options": dataclasses.asdict(options),
             "chosen": candidate.name,
@@ -180,18 +186,14 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         table.save()
 
 
-def _chosen(name: str, cured: Any, mine: OpenedModel, score: Callable[..., None]) -> None:
-    """Of the result of `auto`: keys and values in INT8 too, and weights with one scale for all."""
-    if name != "auto":
-        return
+def _with_cache(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:
+    """Of what was chosen: keys and values in INT8 too."""
     ids = cured.candidate.prefix_ids
-    skip = {"skip_positions": len(ids), "convention": "compressed-tensors"}
-    grid = IntegerGrid.of(8, convention="compressed-tensors")
-    with_cache = plan_from_scales(mine.model, cured.scales, kv_cache="static", weights=WeightScheme(grid), **skip)
-    with_cache = with_cache.with_weights(cured.plan.weights)
-    score("auto + INT8 KV cache", lambda: QuantizedModel(mine.model, with_cache), ids, of=mine.model)
-    per_tensor = plan_from_scales(mine.model, cured.scales, weights=WeightScheme(grid, "per-tensor"), **skip)
-    score("auto, weights per tensor", lambda: QuantizedModel(mine.model, per_tensor), ids, of=mine.model)
+    plan = plan_from_scales(
+        mine.model, cured.scales, kv_cache="static", weights=WeightScheme(IntegerGrid.of(8, convention=CONVENTION)),
+        skip_positions=len(ids), convention=CONVENTION,
+    ).with_weights(cured.plan.weights)  # fmt: skip
+    score(f"{name} + INT8 KV cache", lambda: QuantizedModel(mine.model, plan), ids, count=count, of=mine.model)
 
 
 if __name__ == "__main__":
