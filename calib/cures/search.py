@@ -137,7 +137,7 @@ class _Search:
             tried = rung(state)
             for one in tried:
                 self._note(one)
-            state = min([state, *tried], key=lambda one: one.worth)
+            state = next((one for one in tried if _surely_better(one.worths, state.worths)), state)
         return self._apply(state)
 
     def _judge(self, part: str, ids: tuple[int, ...]) -> Judge:
@@ -191,12 +191,15 @@ class _Search:
         return [self._one_alpha(state.candidate, _ALPHA)] if len(self.pairs) else []
 
     def _one_alpha(self, base: Candidate, start: float, rival: _State | None = None) -> _State:
-        """Walks from an alpha in the direction that helps, up or else down, as long as it does."""
+        """Walks from an alpha in the direction that helps, up or else down, as long as it does.
+
+        Where the start is clearly worse than the rival, its neighbours are not tried.
+        """
         best = self._try(self._smoothed(base, start), rival)
         for step in (_STEP, -_STEP):
             alpha = round(start + step, 3)
-            while 0 <= alpha <= 1:
-                tried = self._try(self._smoothed(base, alpha), rival if best.given_up else best)
+            while 0 <= alpha <= 1 and not best.given_up:
+                tried = self._try(self._smoothed(base, alpha), best)
                 if tried.worth >= best.worth:
                     break
                 best, alpha = tried, round(alpha + step, 3)
@@ -342,6 +345,22 @@ class _Search:
         outcome = "meets" if met else "is the best that was found, and misses"
         reason = f"{candidate.name} {outcome} the target of {self.options.target:g} on the search blocks"
         return Cured(self.opened, scales, measurement, final, self.rows, reason, self.skipped)
+
+
+def _surely_better(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Whether the worths of one candidate are lower by more than a standard error of the paired difference.
+
+    More cures must be worth it: on a few blocks the better of two equals is a matter of chance.
+
+    Args:
+        one: per block, float64; fewer blocks than `other` if it was given up.
+        other: per block.
+    """
+    if one.size < other.size:
+        return False
+    gain = other - one
+    error = gain.std(ddof=1) / math.sqrt(gain.size) if gain.size > 1 else 0.0
+    return bool(gain.mean() > error)
 
 
 def _by_role(pairs: Pairs) -> dict[str, list[str]]:
