@@ -47,6 +47,7 @@ _ALPHA, _STEP = 0.7, 0.1
 _SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
 _SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
 _KEEP_SHORTLIST = 6
+_WEIGHTS_SHARE = 0.25  # of the loss, below which a better rounding of weights is not worth its while
 _JUDGES_HELD = 3
 Say = Callable[[str], None]
 
@@ -137,7 +138,7 @@ class _Search:
             tried = rung(state)
             for one in tried:
                 self._note(one)
-            state = next((one for one in tried if _surely_better(one.worths, state.worths)), state)
+            state = min([state, *tried], key=lambda one: one.worth)
         return self._apply(state)
 
     def _judge(self, part: str, ids: tuple[int, ...]) -> Judge:
@@ -279,6 +280,12 @@ class _Search:
         if not linear or not can_skip_head(self.model, input_device(self.model)):
             self.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
             return []
+        judge = self._judge("search", base.prefix_ids)
+        with base.apply(self.model), QuantizedModel(self.model, replace(plan, inputs={})):
+            share = float(judge.judge().worths(judge.reference_nll).mean()) / state.worth
+        if share < _WEIGHTS_SHARE:
+            self.skipped["compensate"] = f"rounding the weights costs {max(share, 0):.0%} of what is lost, too little"
+            return []
         with base.apply(self.model):
             with (
                 torch.no_grad(),
@@ -345,22 +352,6 @@ class _Search:
         outcome = "meets" if met else "is the best that was found, and misses"
         reason = f"{candidate.name} {outcome} the target of {self.options.target:g} on the search blocks"
         return Cured(self.opened, scales, measurement, final, self.rows, reason, self.skipped)
-
-
-def _surely_better(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
-    """Whether the worths of one candidate are lower by more than a standard error of the paired difference.
-
-    More cures must be worth it: on a few blocks the better of two equals is a matter of chance.
-
-    Args:
-        one: per block, float64; fewer blocks than `other` if it was given up.
-        other: per block.
-    """
-    if one.size < other.size:
-        return False
-    gain = other - one
-    error = gain.std(ddof=1) / math.sqrt(gain.size) if gain.size > 1 else 0.0
-    return bool(gain.mean() > error)
 
 
 def _by_role(pairs: Pairs) -> dict[str, list[str]]:
