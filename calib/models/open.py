@@ -96,9 +96,9 @@ def open_model(
     check_code(checkpoint, name, trust_remote_code=trust_remote_code)
     headers = read_headers(checkpoint, name)
     check_memory(checkpoint, headers, target_dtype, target_device, name)
-    task = task or choose_task(checkpoint, name, hub_id=source.hub_id, revision=source.revision)
-    cls = choose_class(checkpoint, name, task, trust_remote_code=trust_remote_code)
     with quiet_transformers():
+        task = task or choose_task(checkpoint, name, hub_id=source.hub_id, revision=source.revision)
+        cls = choose_class(checkpoint, name, task, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(source.folder, name, trust_remote_code=trust_remote_code)
         processor = load_processor(source.folder, name, trust_remote_code=trust_remote_code)
         model = _load(cls, checkpoint, name, target_dtype, target_device, trust_remote_code=trust_remote_code)
