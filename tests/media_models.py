@@ -129,6 +129,13 @@ def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 48)) -> Path
     return path
 
 
+def pil(path: Path) -> Any:
+    """A picture as processors take it."""
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
 def sound(path: Path, seed: int = 0, rate: int = 16000, seconds: float = 0.5) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = np.random.default_rng(seed).normal(0, 5000, int(rate * seconds)).astype("<i2")

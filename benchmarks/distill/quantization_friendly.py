@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from deployed_row import deployed_row
 from finished_runs import FinishedRuns
 from paired import mean_interval
 from results_file import write
@@ -118,16 +119,7 @@ def one_student(arm: str, seed: int, teacher: torch.nn.Module, train: Any, test:
     found = deploy(
         student.model, student.task, student.batches(some), student.batches(test), name=network, learned=run.plan
     ).record
-    accuracy = {f"w{q.weight_bits}a{q.activation_bits} {q.scales}": q.accuracy for q in found.quantized}
-    row = {
-        "float": found.accuracy,
-        **accuracy,
-        "worst_peak": round(found.peaks[0].peak_over_rms, 3),
-        "worst_site": found.peaks[0].site,
-        "mean_peak": round(found.mean_peak, 3),
-        "bytes": {"float": found.float_bytes, **found.bytes_by_weight_bits},
-        "cpu_seconds": round(seconds, 1),
-    }
+    row = deployed_row(found, seconds)
     print(arm, seed, row, flush=True)
     return row
 

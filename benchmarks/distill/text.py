@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from assets import fetch
+from deployed_row import deployed_row
 from finished_runs import FinishedRuns
 from paired import mean_interval
 from results_file import RESULTS, median_interval, write
@@ -162,17 +163,8 @@ def one_student(arm: str, seed: int, teacher: nn.Module, train: Records, test: R
         name=student.name,
         learned=run.plan,
     )
-    record = found.record
-    row = {
-        "float": record.accuracy,
-        **{f"w{q.weight_bits}a{q.activation_bits} {q.scales}": q.accuracy for q in record.quantized},
-        "onnxruntime int8": in_onnxruntime(student, found.scales, test),
-        "worst_peak": round(record.peaks[0].peak_over_rms, 3),
-        "worst_site": record.peaks[0].site,
-        "mean_peak": round(record.mean_peak, 3),
-        "bytes": {"float": record.float_bytes, **record.bytes_by_weight_bits},
-        "cpu_seconds": round(seconds, 1),
-    }
+    in_graph = in_onnxruntime(student, found.scales, test)
+    row = {**deployed_row(found.record, seconds), "onnxruntime int8": in_graph}
     print(arm, seed, row, flush=True)
     return row
 

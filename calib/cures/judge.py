@@ -26,8 +26,8 @@ __all__ = ["Judge", "Score"]
 
 _MOST_BYTES = 1 << 30
 """Of reference outputs that are kept; rows beyond are not judged."""
-_HOPELESS = 1.25
-"""Times a rival's worth on the same blocks: the others would not make up for that."""
+_HOPELESS = 0.25
+"""Of a rival's worth on the same blocks: what lies further behind, the others would not make up for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,10 @@ class Judge:
                 divergence.append(error / reference.double().square().flatten(1).sum(1))
             score = self._score(divergence, nll)
             worths = score.worths(self.reference_nll)
-            if rival is not None and worths.mean() > _HOPELESS * rival[: worths.size].mean():
-                break
+            if rival is not None:
+                best = float(rival[: worths.size].mean())  # negative where chance favours it over the float model
+                if worths.mean() > best + _HOPELESS * abs(best):
+                    break
         return score
 
     def _score(self, divergence: list[torch.Tensor], nll: list[NDArray[np.float64]]) -> Score:

@@ -282,9 +282,9 @@ class _Search:
             return []
         judge = self._judge("search", base.prefix_ids)
         with base.apply(self.model), QuantizedModel(self.model, replace(plan, inputs={})):
-            share = float(judge.judge().worths(judge.reference_nll).mean()) / state.worth
-        if share < _WEIGHTS_SHARE:
-            self.skipped["compensate"] = f"rounding the weights costs {max(share, 0):.0%} of what is lost, too little"
+            lost = max(0.0, float(judge.judge().worths(judge.reference_nll).mean()))
+        if lost <= _WEIGHTS_SHARE * state.worth or state.worth <= 0:
+            self.skipped["compensate"] = f"rounding the weights costs {lost:.2g} of {state.worth:.2g} lost, too little"
             return []
         with base.apply(self.model):
             with (

@@ -20,7 +20,7 @@ from calib.distill.optimiser import make_optimiser
 from calib.distill.quantized import PeakTerm, QuantizationAware
 from calib.distill.ranks import Ranks
 from calib.distill.task import Task
-from calib.distill.training_state import random_state, same_training, schedule_state, set_random_state, time_left
+from calib.distill.training_state import loop_state, restore_loop, same_training, time_left
 from calib.errors import UsageError
 from calib.models.evaluating import evaluating
 
@@ -234,11 +234,8 @@ class Distillation:
                 "steps": self.steps,
                 "sums": self.sums,
                 "framework": self.sides.framework.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "schedule": schedule_state(self.schedule),
                 "scaler": self.scaler.state_dict(),
-                "batches": self.batches.state(),
-                "random": random_state(),
+                **loop_state(self.optimiser, self.schedule, self.batches),
             }
         self.checkpoint.save(state)
 
@@ -257,13 +254,10 @@ class Distillation:
         self.epoch, self.done, self.steps = held["epoch"], held["done"], held["steps"]
         self.sums.copy_(held["sums"])
         self.sides.framework.load_state_dict(held["framework"])
-        self.optimiser.load_state_dict(held["optimiser"])
-        self.schedule.load_state_dict(held["schedule"])
         self.scaler.load_state_dict(held["scaler"])
-        self.batches.restore(held["batches"])
         if self.aware is not None and active:
             self.aware.switch_on()
-        set_random_state(held["random"])
+        restore_loop(held, self.optimiser, self.schedule, self.batches)
 
 
 def _in_float32(view: View) -> View:

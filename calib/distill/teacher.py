@@ -25,7 +25,7 @@ from calib.distill.mcmi import check_strength, mcmi_loss
 from calib.distill.optimiser import TrainingSettings, make_optimiser
 from calib.distill.ranks import Ranks
 from calib.distill.task import ClassificationTask, Task
-from calib.distill.training_state import random_state, same_training, schedule_state, set_random_state, time_left
+from calib.distill.training_state import loop_state, restore_loop, same_training, time_left
 from calib.errors import UsageError
 from calib.models.device import input_device
 from calib.models.evaluating import evaluating
@@ -304,10 +304,7 @@ class _Tuning:
                 "moves": self.moves,
                 "healthy": self.healthy,
                 "centroids": self.centroids.state(),
-                "optimiser": self.optimiser.state_dict(),
-                "schedule": schedule_state(self.schedule),
-                "batches": self.batches.state(),
-                "random": random_state(),
+                **loop_state(self.optimiser, self.schedule, self.batches),
             }
         self.checkpoint.save(state)
 
@@ -325,13 +322,10 @@ class _Tuning:
         self.epoch, self.done, self.steps, self.moves = (held[key] for key in ("epoch", "done", "steps", "moves"))
         self.healthy = held["healthy"]
         self.centroids.restore(held["centroids"].to(input_device(self.model)))
-        self.optimiser.load_state_dict(held["optimiser"])
-        self.schedule.load_state_dict(held["schedule"])
-        self.batches.restore(held["batches"])
         if self.balanced is not None:
             for _ in range(self.moves):
                 next(self.balanced)
-        set_random_state(held["random"])
+        restore_loop(held, self.optimiser, self.schedule, self.batches)
 
     def _refresh(self, information: ClassInformation) -> None:
         self.centroids.set(information, input_device(self.model), self.grouping)

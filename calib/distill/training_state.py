@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from calib.distill.batches import Batches
 from calib.errors import ArtifactError
 
-__all__ = ["random_state", "same_training", "schedule_state", "set_random_state", "time_left"]
+__all__ = ["loop_state", "random_state", "restore_loop", "same_training", "set_random_state", "time_left"]
+
+Schedule = torch.optim.lr_scheduler.LRScheduler
 
 
 def random_state() -> dict[str, Any]:
@@ -26,10 +29,26 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
-    """What changes in a schedule; the rest follows from its settings, and is not always plain data."""
+def loop_state(optimiser: torch.optim.Optimizer, schedule: Schedule, batches: Batches) -> dict[str, Any]:
+    """State of what every training loop has, and of the random generators.
+
+    Of a schedule what changes; the rest follows from its settings, and is not always plain data.
+    """
     state = schedule.state_dict()
-    return {key: state[key] for key in ("last_epoch", "_last_lr", "_step_count")}
+    return {
+        "optimiser": optimiser.state_dict(),
+        "schedule": {key: state[key] for key in ("last_epoch", "_last_lr", "_step_count")},
+        "batches": batches.state(),
+        "random": random_state(),
+    }
+
+
+def restore_loop(held: dict[str, Any], optimiser: torch.optim.Optimizer, schedule: Schedule, batches: Batches) -> None:
+    """The inverse of `loop_state`; to be called last, for other parts may draw random numbers."""
+    optimiser.load_state_dict(held["optimiser"])
+    schedule.load_state_dict(held["schedule"])
+    batches.restore(held["batches"])
+    set_random_state(held["random"])
 
 
 def same_training(path: Path, held: str, wanted: str) -> None:

@@ -17,7 +17,7 @@ from calib.measurement import Measurement
 from tests import media_models
 from tests.cli.commands import one_line, run
 from tests.measurement.functional_probe import functional_probe
-from tests.media_models import lines, picture, sound
+from tests.media_models import lines, picture, pil, sound
 
 OLD = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20)
 
@@ -74,12 +74,6 @@ def ranges(measurement: Measurement, names: list[str]) -> dict[str, tuple[float,
     by_name = {alias: site for site in measurement.sites.values() for alias in (site.name, *site.aliases)}
     spans = {name: by_name[f"{name}:input"].statistics.range for name in names}
     return {name: (span.min, span.max, span.count_all) for name, span in spans.items()}
-
-
-def pil(path: Path) -> Any:
-    from PIL import Image
-
-    return Image.open(path).convert("RGB")
 
 
 def test_a_folder_of_pictures(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_weights_are_compensated_where_their_rounding_matters(
     options = CureOptions(cures=("compensate",), target=1.0)
     cured = find_cure(opened, measurement, few, blocks.select(range(8, 12)), options)
     assert any("compensate" in row.name for row in cured.rows) != planted
-    assert ("of what is lost" in cured.skipped.get("compensate", "")) == planted
+    assert ("rounding the weights costs" in cured.skipped.get("compensate", "")) == planted
 
 
 def test_a_judge_gives_up_what_is_clearly_worse_than_a_rival(opened: OpenedModel, blocks: TokenBlocks) -> None:
@@ -103,6 +103,10 @@ def test_a_judge_gives_up_what_is_clearly_worse_than_a_rival(opened: OpenedModel
     spared = judge.judge(worths / 2)
     assert len(spared.divergence) == 1
     assert spared.divergence[0] == whole.divergence[0]
+    judge.reference_nll += 1  # chance favours both over the float model
+    worths = whole.worths(judge.reference_nll)
+    assert worths.mean() < 0
+    assert len(judge.judge(worths).divergence) == 3
 
 
 def test_the_search_finds_the_smoothing_that_planted_channels_need(
