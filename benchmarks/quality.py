@@ -143,10 +143,12 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
 
     searches = {
         "auto": CureOptions(target=1.0),
-        "auto + rotate": CureOptions(cures=("smooth", "prefix", "rotate"), target=1.0),
-        "ordinary checkpoint, 3 kept": CureOptions(cures=("smooth", "compensate", "keep"), target=1.0, keep=3),
+        "auto + rotate": CureOptions(cures=(*CureOptions().cures, "rotate"), target=1.0),
+        "ordinary checkpoint, 3 kept": CureOptions(
+            cures=("smooth", "resample", "compensate", "keep"), target=1.0, keep=3
+        ),
         "auto + rotate, weights per tensor": CureOptions(
-            cures=("smooth", "prefix", "rotate"), target=1.0, weight_granularity="per-tensor"
+            cures=(*CureOptions().cures, "rotate"), target=1.0, weight_granularity="per-tensor"
         ),
     }
     for name, options in searches.items():
@@ -187,13 +189,15 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
 
 
 def _with_cache(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:
-    """Of what was chosen: keys and values in INT8 too."""
+    """Of what was chosen: keys and values in INT8 too; and the prefix as any other tokens, not from a float cache."""
     ids = cured.candidate.prefix_ids
     plan = plan_from_scales(
         mine.model, cured.scales, kv_cache="static", weights=WeightScheme(IntegerGrid.of(8, convention=CONVENTION)),
         skip_positions=len(ids), convention=CONVENTION,
     ).with_weights(cured.plan.weights)  # fmt: skip
     score(f"{name} + INT8 KV cache", lambda: QuantizedModel(mine.model, plan), ids, count=count, of=mine.model)
+    tokens = dataclasses.replace(cured.plan, skip_positions=0)
+    score(f"{name}, prefix as ordinary tokens", lambda: QuantizedModel(mine.model, tokens), ids, of=mine.model)
 
 
 if __name__ == "__main__":

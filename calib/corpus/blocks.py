@@ -99,10 +99,24 @@ class TokenBlocks:
         ids = np.concatenate([front, self.input_ids], axis=1)
         return self._with(ids, self.lengths + len(token_ids), self.document, self.domain)
 
+    def with_ids(self, input_ids: NDArray[np.int64]) -> TokenBlocks:
+        """Other tokens in the place of these, ``[n, L]`` as well."""
+        if input_ids.shape != self.input_ids.shape:
+            raise UsageError(f"token ids {input_ids.shape}: must be {self.input_ids.shape}, as those they replace")
+        return self._with(input_ids, self.lengths, self.document, self.domain)
+
+    def joined(self, others: TokenBlocks) -> TokenBlocks:
+        """These rows and then others of the same corpus, of the same length."""
+        pairs = zip(self._rows(), others._rows(), strict=True)
+        return self._with(*(np.concatenate(pair) for pair in pairs))
+
     def truncated(self, max_length: int) -> TokenBlocks:
         """The first tokens of each row."""
         lengths = np.minimum(self.lengths, max_length)
         return self._with(self.input_ids[:, :max_length], lengths, self.document, self.domain)
+
+    def _rows(self) -> tuple[NDArray[np.int64], ...]:
+        return self.input_ids, self.lengths, self.document, self.domain
 
     def _with(
         self,

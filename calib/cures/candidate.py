@@ -11,9 +11,10 @@ from typing import Literal
 
 from torch import nn
 
-from calib.cures.pairs import Pair
+from calib.cures.pairs import Pair, Pairs
 from calib.cures.prefix import Prefix
 from calib.cures.record import smoothing_record
+from calib.cures.resample import Resampling
 from calib.cures.rotate import OnlineRotation
 from calib.cures.smooth import Smoothing
 from calib.measurement.artifact import Measurement
@@ -23,7 +24,7 @@ from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
 from calib.schema.scales import CureRecord
 
-__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "role_of"]
+__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "names_by_role", "role_of"]
 
 RowsOrTensor = Literal["per-row", "per-tensor"]
 CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
@@ -42,6 +43,7 @@ class Candidate:
         ranges: of the model with these cures: what scales are chosen from.
         weight_granularity: one weight scale per output row, or one for all.
         prefix: tokens in front of every sequence.
+        resampling: blocks that `measurement` and `ranges` cover beside the given ones.
         smoothing: folded into weights.
         rotation: computed online.
         plan: the quantized model; made of `ranges` if absent.
@@ -55,6 +57,7 @@ class Candidate:
     ranges: Measurement
     weight_granularity: RowsOrTensor = "per-row"
     prefix: Prefix | None = None
+    resampling: Resampling | None = None
     smoothing: Smoothing | None = None
     rotation: OnlineRotation | None = None
     plan: QuantizationPlan | None = None
@@ -67,6 +70,8 @@ class Candidate:
         parts = []
         if self.prefix is not None:
             parts.append(f"prefix {self.prefix.text!r}")
+        if self.resampling is not None:
+            parts.append("resample")
         if self.smoothing is not None:
             alphas = dict(zip(map(role_of, self.smoothing.pairs), self.smoothing.alphas, strict=True))
             each = [f"{role} {alpha:g}" for role, alpha in alphas.items()]
@@ -123,6 +128,8 @@ class Candidate:
     def records(self) -> list[CureRecord]:
         """Entries of `cures` in scales.json."""
         found = [] if self.prefix is None else [self.prefix.record()]
+        if self.resampling is not None:
+            found.append(self.resampling.record())
         if self.smoothing is not None:
             found.append(smoothing_record(self.smoothing))
         if self.rotation is not None:
@@ -139,3 +146,11 @@ class Candidate:
 def role_of(pair: Pair) -> str:
     """What a pair does in its block: the name of its first consumer, without that of the block."""
     return re.sub(r"(?:^|.*\.)\d+\.", "", pair.consumers[0].module)
+
+
+def names_by_role(pairs: Pairs) -> dict[str, list[str]]:
+    """Names of pairs by what they do in a block: equal names but for the number of the block."""
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        found.setdefault(role_of(pair), []).append(pair.name)
+    return found

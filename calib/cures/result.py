@@ -19,6 +19,7 @@ __all__ = ["CURES", "CureOptions", "Cured", "Row"]
 CURES: dict[str, str] = {
     "smooth": "per-channel migration into the weights before and behind a tensor; an ordinary checkpoint",
     "prefix": "tokens in front of every sequence that take the attention sink; the consumer must put them there",
+    "resample": "ranges that also cover words which the model itself expects in the text; an ordinary checkpoint",
     "compensate": "weights rounded with error compensation (GPTQ); an ordinary checkpoint",
     "rotate": "a rotation computed in front of layers behind a product; the consumer must compute it too",
     "keep": "the fewest layers left in float, by measured effect; an ignore list",
@@ -39,7 +40,7 @@ class CureOptions:
         batch_size: blocks of a forward pass.
     """
 
-    cures: tuple[str, ...] = ("smooth", "prefix", "compensate")
+    cures: tuple[str, ...] = ("smooth", "prefix", "resample", "compensate")
     target: float = 1.01
     bits: int = 8
     symmetric: bool = True

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`find_cure`: the cheapest set of cures that meets a target, found by what comes out of the quantized model.
 
-A ladder is climbed, cheap cures first: nothing; smoothing; smoothing behind a prefix; an alpha for each role; a
-rotation in front of layers that nothing else can rotate; error-compensated weights; layers left in float. Each rung
-keeps what the last one found. The search looks at one part of the held-out blocks; the ablation table comes from
-another part, which no decision has seen.
+A ladder is climbed, cheap cures first: nothing; smoothing; smoothing behind a prefix; ranges from more text; an alpha
+for each role; a rotation in front of layers that nothing else can rotate; error-compensated weights; layers left in
+float. Each rung keeps what the last one found. The search looks at one part of the held-out blocks; the ablation table
+comes from another part, which no decision has seen.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from calib.corpus import TokenBlocks
-from calib.cures.candidate import KEPT, Candidate, role_of
+from calib.cures.candidate import KEPT, Candidate, names_by_role
 from calib.cures.find import find_pairs
 from calib.cures.judge import Judge, Score
 from calib.cures.linear import is_linear
 from calib.cures.pairs import Pairs
-from calib.cures.prefix import Prefix, find_prefixes
+from calib.cures.prefix import find_prefixes
 from calib.cures.ranges import smoothed_ranges
+from calib.cures.resample import resampled
 from calib.cures.result import Cured, CureOptions, Row
 from calib.cures.rotate import OnlineRotation
 from calib.cures.sweep import SmoothingSweep
@@ -126,6 +127,7 @@ class _Search:
         rungs: dict[str, Callable[[_State], list[_State]]] = {
             "smooth": self._smooth,
             "prefix": self._prefix,
+            "resample": self._resample,
             "roles": self._roles,
             "rotate": self._rotate,
             "compensate": self._compensate,
@@ -223,11 +225,23 @@ class _Search:
             self.skipped["prefix"] = "no prefix lowers the ranges: the model has no sink that one takes"
         states: list[_State] = []
         for prefix in found:
-            measured = self._measure(prefix, self.few, sites=["linear_input"])
-            bare = replace(state.candidate, measurement=measured, ranges=measured, prefix=prefix, smoothing=None)
+            bare = replace(state.candidate, prefix=prefix, smoothing=None)
+            measured = self._measure(bare, self.few, sites=["linear_input"])
+            bare = replace(bare, measurement=measured, ranges=measured)
             alpha, rival = state.candidate.alpha, min([state, *states], key=lambda one: one.worth)
             states.append(self._try(bare, rival) if alpha is None else self._one_alpha(bare, alpha, rival))
         return [min(states, key=lambda one: one.worth)] if states else []
+
+    def _resample(self, state: _State) -> list[_State]:
+        """Ranges that also cover what the model itself would have written; smoothing again, to fit them."""
+        if self._judge("search", ()).reference_nll is None:
+            self.skipped["resample"] = "the model predicts no tokens, so it cannot write text"
+            return []
+        base = replace(state.candidate, resampling=resampled(self.opened, self.few))
+        measured = self._measure(base, self.few, sites=["linear_input"])
+        bare = replace(base, measurement=measured, ranges=measured, smoothing=None)
+        alpha = base.alpha
+        return [self._try(bare, state) if alpha is None else self._one_alpha(bare, alpha, state)]
 
     def _roles(self, state: _State) -> list[_State]:
         """One alpha for each role, by coordinate descent from the single one."""
@@ -235,7 +249,7 @@ class _Search:
             return []
         alphas = dict(zip((p.name for p in self.pairs), state.candidate.smoothing.alphas, strict=True))
         best = state
-        for names in _by_role(self.pairs).values():
+        for names in names_by_role(self.pairs).values():
             now = alphas[names[0]]
             for alpha in (round(now - _STEP, 3), round(now + _STEP, 3)):
                 trial = {**alphas, **dict.fromkeys(names, alpha)}
@@ -267,7 +281,7 @@ class _Search:
                 one = self._smoothed(base, alphas)
             rotated = replace(one, rotation=rotation)
             with rotated.apply(self.model):
-                ranges = self._measure(rotated.prefix, self.few, sites=["linear_input"])
+                ranges = self._measure(rotated, self.few, sites=["linear_input"])
             states.append(self._try(replace(rotated, ranges=ranges)))
         return [min(states, key=lambda one: one.worth)]
 
@@ -290,7 +304,7 @@ class _Search:
             with (
                 torch.no_grad(),
                 without_head(self.model),
-                collect_hessians(self.model, linear) as hessians,  # the prefix too: its tokens pass rounded weights
+                collect_hessians(self.model, linear, skip_positions=len(base.prefix_ids)) as hessians,
             ):
                 for batch in rows.batches(self.options.batch_size):
                     self.model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(input_device(self.model)))
@@ -317,8 +331,11 @@ class _Search:
                 break
         return [] if best is state else [best]
 
-    def _measure(self, prefix: Prefix | None, blocks: TokenBlocks, sites: Sequence[str] = ()) -> Measurement:
-        ids = () if prefix is None else prefix.token_ids
+    def _measure(self, candidate: Candidate, blocks: TokenBlocks, sites: Sequence[str] = ()) -> Measurement:
+        """Of the model as it is now, on what the ranges of a candidate cover."""
+        ids = candidate.prefix_ids
+        if candidate.resampling is not None:
+            blocks = blocks.joined(candidate.resampling.blocks)
         sinks = len(ids) or self.measurement.run.sink_positions
         options = MeasureOptions(batch_size=self.options.batch_size, sites=sites, sink_positions=sinks)
         return measure(self.opened, blocks.with_prefix(ids), options)
@@ -333,7 +350,8 @@ class _Search:
             measurement = self.measurement
             if changed:
                 self.opened = self.opened.cured([record.model_dump_json() for record in records])
-                measurement = self._measure(candidate.prefix, self.blocks)
+            if changed or candidate.resampling is not None:
+                measurement = self._measure(candidate, self.blocks)
             scales = choose_scales(
                 measurement,
                 bits=self.options.bits,
@@ -352,14 +370,6 @@ class _Search:
         outcome = "meets" if met else "is the best that was found, and misses"
         reason = f"{candidate.name} {outcome} the target of {self.options.target:g} on the search blocks"
         return Cured(self.opened, scales, measurement, final, self.rows, reason, self.skipped)
-
-
-def _by_role(pairs: Pairs) -> dict[str, list[str]]:
-    """Names of pairs by what they do in a block: equal names but for the number of the block."""
-    found: dict[str, list[str]] = {}
-    for pair in pairs:
-        found.setdefault(role_of(pair), []).append(pair.name)
-    return found
 
 
 def _loudest(ranges: Measurement, plan: QuantizationPlan, *, include_sink: bool) -> list[str]:

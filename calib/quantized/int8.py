@@ -11,7 +11,7 @@ from torch import nn
 
 from calib.quantized.grid import IntegerGrid, quantize
 from calib.quantized.quantizers import IntegerQuantizer, StaticQuantizer
-from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix
+from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, is_linear
 
 __all__ = ["Int8Input", "Int8Linear", "int8_matmul", "why_not_int8"]
 
@@ -96,8 +96,7 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, pad: bool | None = None) ->
 
 def why_not_int8(module: nn.Module, weight: WeightScheme | QuantizedWeight | None, inputs: list[Any]) -> str | None:
     """Why a module cannot be computed in INT8, or None if it can."""
-    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    if not linear or module._parameters.get("weight") is None:
+    if not is_linear(module) or module._parameters.get("weight") is None:
         return f"a {type(module).__name__} has no INT8 product here"
     if weight is None or not inputs:
         return "only its weight or only its input is quantized"

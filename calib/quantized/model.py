@@ -19,7 +19,7 @@ from calib.quantized.positions import Positions
 from calib.quantized.quantizers import IntegerQuantizer, TensorQuantizer
 from calib.quantized.recent import Recent
 from calib.quantized.rounding import round_to_nearest
-from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, from_matrix
+from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, from_matrix, is_linear
 from calib.sites.attention import transform_attention
 
 __all__ = ["QuantizedModel"]
@@ -149,6 +149,7 @@ class QuantizedModel:
         rounded = from_matrix(module, codes.dequantize(), own)
         module._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
         self._stack.callback(module._parameters.__setitem__, "weight", own)
+        self._own_weight_at_first(module, own)
         return codes
 
     def _compute_in_int8(self, name: str, codes: QuantizedWeight, quantizers: list[TensorQuantizer]) -> None:
@@ -193,6 +194,26 @@ class QuantizedModel:
         for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)):
             self._stack.callback(handle.remove)
         self._stack.callback(after, module)
+        self._own_weight_at_first(module, module.get_parameter("weight"))
+
+    def _own_weight_at_first(self, module: nn.Module, own: nn.Parameter) -> None:
+        """Has a layer multiply the positions that stay in float with its own weight."""
+        if not self.plan.skip_positions or not is_linear(module):
+            return
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
+            (x,) = [*args, *kwargs.values()]
+            first, _ = self._positions.split(x)
+            if first is None:
+                return None
+            module.__dict__["weight"] = own  # goes before the parameter of this name
+            try:
+                in_float = type(module).forward(module, first)
+            finally:
+                del module.__dict__["weight"]
+            return self._positions.apply(output, lambda rest: rest, in_float=lambda _: in_float)
+
+        self._stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def _on_input(self, name: str, quantizers: list[TensorQuantizer]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -28,8 +28,9 @@ class QuantizationPlan:
         outputs: what a module returns, where that is one tensor.
         attention: attention module -> ``query``, ``key`` or ``value`` as attention gets them, after rotary embedding.
             Keys and values of earlier tokens come out of the cache in float and are rounded again in each call.
-        skip_positions: the first n tokens of a row stay in float, in inputs, outputs, queries, keys and values of
-            layout ``[rows, tokens, channels]``, ``[rows * tokens, channels]`` or ``[rows, heads, tokens, dim]``.
+        skip_positions: the first n tokens of a row are computed in float: inputs, outputs, queries, keys and values of
+            layout ``[rows, tokens, channels]``, ``[rows * tokens, channels]`` or ``[rows, heads, tokens, dim]``, and
+            products of linear layers, as if their keys and values had been computed by the float model and cached.
             Counted from the first token that is in the cache, so that later steps of a generation skip nothing more.
             Other layouts are rounded everywhere.
         left_out: what stays in float -> the reason.

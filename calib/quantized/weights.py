@@ -15,7 +15,7 @@ from calib.quantized.grid import IntegerGrid, dequantize
 from calib.scales.float8 import FLOAT8_MAX
 from calib.scales.grid import SMALLEST_SCALE
 
-__all__ = ["QuantizedWeight", "WeightGranularity", "WeightScheme", "as_matrix", "from_matrix"]
+__all__ = ["QuantizedWeight", "WeightGranularity", "WeightScheme", "as_matrix", "from_matrix", "is_linear"]
 
 WeightGranularity = Literal["per-row", "per-tensor", "per-group"]
 
@@ -115,6 +115,11 @@ class QuantizedWeight:
         grouped = self.codes.unflatten(1, (self.scale.shape[1], -1))
         point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
         return dequantize(grouped, self.scale.unsqueeze(-1), point).flatten(1)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies tokens by a matrix: `nn.Linear` or transformers' `Conv1D`."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:

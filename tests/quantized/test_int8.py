@@ -123,7 +123,7 @@ def test_a_tensor_read_by_three_modules_is_coded_once(tiny_llama: Path, monkeypa
     assert len(calls) == 3 * 4
 
 
-def test_first_positions_in_float_meet_the_same_weights(tiny_llama: Path) -> None:
+def test_first_positions_in_float_are_the_same_in_both_modes(tiny_llama: Path) -> None:
     model = open_model(tiny_llama, device="cpu", dtype="float32").model
     ids = torch.arange(24).reshape(2, 12) + 20
     plan = plan_from_scales(model, inputs="dynamic-per-token", skip_positions=2)

@@ -143,6 +143,26 @@ def test_the_first_positions_stay_in_float(tiny_llama: Path) -> None:
     assert not torch.equal(skipped[:, 3:], plain[:, 3:])
 
 
+@pytest.mark.parametrize("mode", ["fake", "int8"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_first_positions_are_what_the_float_model_has_in_its_cache(
+    name: str, mode: str, request: pytest.FixtureRequest
+) -> None:
+    """Weights too: a prefix in front equals its keys and values, computed by the float model, in the cache."""
+    model = open_model(request.getfixturevalue(name), device="cpu", dtype="float32").model
+    ids = torch.arange(12).reshape(1, 12) + 20
+    plan = plan_from_scales(model, inputs="dynamic-per-token", skip_positions=3)
+    plain = run(model, ids)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    with torch.no_grad(), QuantizedModel(model, plan, mode=mode):
+        behind_cache = model(input_ids=ids[:, 3:], past_key_values=cache).logits
+        in_front = model(input_ids=ids).logits
+    torch.testing.assert_close(in_front[:, :3], plain[:, :3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(in_front[:, 3:], behind_cache, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(in_front[:, 3:], plain[:, 3:], rtol=1e-3, atol=1e-4)
+
+
 def test_positions_count_from_the_first_token_in_the_cache(tiny_llama: Path) -> None:
     """A generation step by step skips the same positions as one pass over all tokens."""
     model, ids = open_model(tiny_llama, device="cpu").model, torch.arange(12).reshape(1, 12) + 20
