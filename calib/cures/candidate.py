@@ -128,8 +128,6 @@ class Candidate:
     def records(self) -> list[CureRecord]:
         """Entries of `cures` in scales.json."""
         found = [] if self.prefix is None else [self.prefix.record()]
-        if self.resampling is not None:
-            found.append(self.resampling.record())
         if self.smoothing is not None:
             found.append(smoothing_record(self.smoothing))
         if self.rotation is not None:

@@ -21,6 +21,7 @@ from calib.corpus import TokenBlocks
 from calib.errors import GateError, UsageError
 from calib.evaluation.interval import Interval, mean_interval, perplexity_ratio
 from calib.models.device import input_device
+from calib.models.tasks import task_of_class
 
 __all__ = ["Judge", "Score"]
 
@@ -36,7 +37,7 @@ class Score:
 
     Attributes:
         divergence: per block, float64 ``[blocks]``; 0 for the float model. Nats per token, or a relative squared error.
-        nll: negative log-likelihood per token, float64 ``[blocks, tokens]``; None if the model predicts no tokens.
+        nll: negative log-likelihood per token, float64 ``[blocks, tokens]``; None if the model predicts no next tokens.
     """
 
     divergence: NDArray[np.float64]
@@ -82,7 +83,7 @@ class Judge:
         batch_size: blocks of a forward pass.
 
     Attributes:
-        reference_nll: of the float model, float64 ``[blocks, tokens]``; None if it predicts no tokens.
+        reference_nll: of the float model, float64 ``[blocks, tokens]``; None if it predicts no next tokens.
 
     Raises:
         UsageError: blocks have different lengths, or the model gives no output to compare.
@@ -95,7 +96,8 @@ class Judge:
             raise UsageError("cures: blocks of equal length are needed to compare models; use --layout blocks")
         self._model = model
         self._skip = len(prefix)
-        self._predicts = getattr(model, "get_output_embeddings", lambda: None)() is not None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._predicts = head is not None and task_of_class(type(model)) != "fill-mask"
         rows = torch.from_numpy(blocks.with_prefix(prefix).input_ids)
         self._batches = list(rows.split(batch_size))
         self._references: list[torch.Tensor] = []

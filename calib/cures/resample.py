@@ -20,14 +20,13 @@ from calib.corpus import TokenBlocks
 from calib.errors import UsageError
 from calib.models import OpenedModel
 from calib.models.device import input_device
-from calib.schema.scales import CureRecord
 
 __all__ = ["Resampling", "resampled"]
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """Blocks that the model wrote, to be measured with the others.
+    """Blocks that the model wrote, to be measured with the others. The model is not changed, so scales record no cure.
 
     Attributes:
         blocks: of token ids.
@@ -36,14 +35,6 @@ class Resampling:
 
     blocks: TokenBlocks
     seed: int
-
-    def record(self) -> CureRecord:
-        """An entry of `cures` in scales.json; nothing in the model is changed."""
-        return CureRecord(
-            kind="resample",
-            summary=f"ranges also cover {len(self.blocks)} blocks of words that the model expected in the text",
-            settings={"blocks": len(self.blocks), "seed": self.seed},
-        )
 
 
 def resampled(opened: OpenedModel, blocks: TokenBlocks, *, times: int = 2, seed: int = 0) -> Resampling:

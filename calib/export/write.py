@@ -92,8 +92,6 @@ def require_fit(found: Format, request: ExportRequest) -> None:
         raise ArtifactError(f"{scales.model.name}: the scales were chosen from another measurement; pass that one")
     for cure in scales.cures:
         kind = cure.kind
-        if kind == "resample":  # says what ranges were measured on, and changes no model
-            continue
         if kind not in found.cures or cure.needs == "online-op":
             raise ArtifactError(
                 f"format {found.name}: cannot express the cure {kind!r} of the scale file; "

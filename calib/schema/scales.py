@@ -129,7 +129,7 @@ Setting = bool | int | float | str | list[int] | list[float] | list[str] | dict[
 class CureRecord(Strict):
     """One change that was made to the model before its scales were chosen, in the order of application."""
 
-    kind: Literal["smooth", "prefix", "rotate", "keep", "clip", "compensate", "resample"]
+    kind: Literal["smooth", "prefix", "rotate", "keep", "clip", "compensate"]
     summary: str = Field(description="What was done and why, in one line")
     needs: Literal["nothing", "prefix", "online-op"] = Field(
         default="nothing",

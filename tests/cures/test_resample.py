@@ -76,5 +76,5 @@ def test_ranges_of_the_chosen_model_cover_the_resampled_text(opened: OpenedModel
     assert tried[0].ranges.sites[name].statistics.range.amax >= before.amax
     if cured.candidate.resampling is not None:  # what is written says so
         assert cured.measurement.corpus.blocks == 24
-        assert [record.kind for record in cured.scales.cures] == ["resample"]
+        assert cured.scales.cures == []  # the model is as it was
         assert cured.scales.model.fingerprint == opened.provenance.fingerprint

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def spiked(opened: OpenedModel) -> None:
         with torch.no_grad():
             block.mlp.up_proj.weight[:3] *= 100
             block.mlp.down_proj.weight[:, :3] /= 100
+
+
+def rows_file(folder: Path, rows: list[list[int]]) -> Path:
+    """Token ids as a source of a corpus."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture
@@ -91,6 +99,17 @@ def test_weights_are_compensated_where_their_rounding_matters(
     cured = find_cure(opened, measurement, few, blocks.select(range(8, 12)), options)
     assert any("compensate" in row.name for row in cured.rows) != planted
     assert ("rounding the weights costs" in cured.skipped.get("compensate", "")) == planted
+
+
+def test_an_encoder_is_judged_by_its_outputs_also_behind_a_head_for_masked_words(tiny_bert: Path) -> None:
+    opened = open_model(tiny_bert, device="cpu")
+    assert type(opened.model).__name__ == "BertForMaskedLM"
+    rows = np.random.default_rng(0).integers(5, 50, (6, 32)).tolist()
+    blocks = build_blocks([rows_file(tiny_bert, rows)], opened.tokenizer, samples=6, max_length=32)
+    measurement = measure(opened, blocks.select(range(4)), MeasureOptions(batch_size=4))
+    cured = find_cure(opened, measurement, blocks.select(range(4)), blocks.select([4, 5]), CureOptions(target=1.0))
+    assert all(row.ratio is None for row in cured.rows)
+    assert {"prefix", "resample"} <= set(cured.skipped)
 
 
 def test_a_judge_gives_up_what_is_clearly_worse_than_a_rival(opened: OpenedModel, blocks: TokenBlocks) -> None:
