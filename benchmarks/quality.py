@@ -43,8 +43,8 @@ from calib.scales import choose_scales
 
 LENGTH = 512
 NAME = "quality"
-_WITH_CACHE = ("auto", "auto + rotate")
-"""Searches whose choice is judged on all blocks, and again with keys and values in INT8."""
+_CHOSEN = ("auto", "auto + rotate")
+"""Searches whose choice is judged on all blocks, and in other forms that it can be deployed in."""
 
 
 def book(opened: OpenedModel, folder: Path) -> NDArray[np.int64]:
@@ -167,11 +167,11 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         for row in best if name == "auto" else []:
             score(f"best single alpha: {row.name}", lambda c=row.candidate: c.quantized(model))
         ids_ = candidate.prefix_ids
-        count = arguments.blocks if name in _WITH_CACHE else arguments.few
+        count = arguments.blocks if name in _CHOSEN else arguments.few
         chosen = f"{name} (chosen): {candidate.name}"
         score(chosen, lambda: QuantizedModel(mine.model, cured.plan), ids_, count=count, of=mine.model)  # noqa: B023
-        if name in _WITH_CACHE:
-            _with_cache(name, cured, mine, score, count)
+        if name in _CHOSEN:
+            _as_deployed(name, cured, mine, score, count)
         table.searches[name] = {
             "options": dataclasses.asdict(options),
             "chosen": candidate.name,
@@ -188,7 +188,7 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         table.save()
 
 
-def _with_cache(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:
+def _as_deployed(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:
     """Of what was chosen: keys and values in INT8 too; and the prefix as any other tokens, not from a float cache."""
     ids = cured.candidate.prefix_ids
     plan = plan_from_scales(

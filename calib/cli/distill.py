@@ -120,13 +120,16 @@ def run(
 
     recipe = _recipe(config)
     if int(os.environ.get("RANK", "0")):  # one of several processes, and not the one that writes
-        Ranks(cpu=device == "cpu").wait()
+        ranks = Ranks(cpu=device == "cpu")
+        ranks.wait()
         with tempfile.TemporaryDirectory() as folder:
             run_recipe(recipe, Path(folder), device=device, work=_checkpoints(output))
+        ranks.leave()
         return
     require_free(output, overwrite=overwrite)
     work = _work_folder(output, recipe, resume=resume, overwrite=overwrite)
-    Ranks(cpu=device == "cpu").wait()
+    ranks = Ranks(cpu=device == "cpu")
+    ranks.wait()
     try:
         with (
             progress_lines(quiet=quiet or as_json, verbose=bool(verbose)) as progress,
@@ -141,6 +144,7 @@ def run(
         if not any(work.rglob("*.safetensors")):
             shutil.rmtree(work)
     shutil.rmtree(work, ignore_errors=True)
+    ranks.leave()
     if as_json:
         print_json(output / "report.json")
     elif not quiet:

@@ -99,24 +99,39 @@ class TokenBlocks:
         ids = np.concatenate([front, self.input_ids], axis=1)
         return self._with(ids, self.lengths + len(token_ids), self.document, self.domain)
 
-    def with_ids(self, input_ids: NDArray[np.int64]) -> TokenBlocks:
-        """Other tokens in the place of these, ``[n, L]`` as well."""
+    def rewritten(self, input_ids: NDArray[np.int64], name: str) -> TokenBlocks:
+        """Other tokens in the place of these, ``[n, L]`` as well: a source and a domain of their own.
+
+        Raises:
+            UsageError: the shape is another one.
+        """
         if input_ids.shape != self.input_ids.shape:
             raise UsageError(f"token ids {input_ids.shape}: must be {self.input_ids.shape}, as those they replace")
-        return self._with(input_ids, self.lengths, self.document, self.domain)
+        domain = np.zeros_like(self.domain)
+        digest = _content_sha256(input_ids, self.lengths, self.document, domain, (name,))
+        source = SourceProvenance(name=name, domain=name, sha256=digest, documents=len(np.unique(self.document)))
+        named = self._of((name,), [source])
+        return named._with(input_ids, self.lengths, self.document, domain)
 
     def joined(self, others: TokenBlocks) -> TokenBlocks:
-        """These rows and then others of the same corpus, of the same length."""
-        pairs = zip(self._rows(), others._rows(), strict=True)
-        return self._with(*(np.concatenate(pair) for pair in pairs))
+        """These rows and then others, of the same length, of the same tokenizer."""
+        domains = tuple(dict.fromkeys((*self.domains, *others.domains)))
+        place = np.array([domains.index(domain) for domain in others.domains], np.int64)
+        return self._of(domains, [*self.provenance.sources, *others.provenance.sources])._with(
+            np.concatenate([self.input_ids, others.input_ids]),
+            np.concatenate([self.lengths, others.lengths]),
+            np.concatenate([self.document, others.document + 1 + self.document.max(initial=-1)]),
+            np.concatenate([self.domain, place[others.domain]]),
+        )
 
     def truncated(self, max_length: int) -> TokenBlocks:
         """The first tokens of each row."""
         lengths = np.minimum(self.lengths, max_length)
         return self._with(self.input_ids[:, :max_length], lengths, self.document, self.domain)
 
-    def _rows(self) -> tuple[NDArray[np.int64], ...]:
-        return self.input_ids, self.lengths, self.document, self.domain
+    def _of(self, domains: tuple[str, ...], sources: list[SourceProvenance]) -> TokenBlocks:
+        update = {"domains": list(domains), "sources": sources}
+        return replace(self, domains=domains, provenance=self.provenance.model_copy(update=update))
 
     def _with(
         self,

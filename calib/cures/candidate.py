@@ -11,10 +11,10 @@ from typing import Literal
 
 from torch import nn
 
+from calib.corpus import TokenBlocks
 from calib.cures.pairs import Pair, Pairs
 from calib.cures.prefix import Prefix
 from calib.cures.record import smoothing_record
-from calib.cures.resample import Resampling
 from calib.cures.rotate import OnlineRotation
 from calib.cures.smooth import Smoothing
 from calib.measurement.artifact import Measurement
@@ -43,7 +43,7 @@ class Candidate:
         ranges: of the model with these cures: what scales are chosen from.
         weight_granularity: one weight scale per output row, or one for all.
         prefix: tokens in front of every sequence.
-        resampling: blocks that `measurement` and `ranges` cover beside the given ones.
+        resampled: blocks that `measurement` and `ranges` cover beside the given ones.
         smoothing: folded into weights.
         rotation: computed online.
         plan: the quantized model; made of `ranges` if absent.
@@ -57,7 +57,7 @@ class Candidate:
     ranges: Measurement
     weight_granularity: RowsOrTensor = "per-row"
     prefix: Prefix | None = None
-    resampling: Resampling | None = None
+    resampled: TokenBlocks | None = None
     smoothing: Smoothing | None = None
     rotation: OnlineRotation | None = None
     plan: QuantizationPlan | None = None
@@ -70,7 +70,7 @@ class Candidate:
         parts = []
         if self.prefix is not None:
             parts.append(f"prefix {self.prefix.text!r}")
-        if self.resampling is not None:
+        if self.resampled is not None:
             parts.append("resample")
         if self.smoothing is not None:
             alphas = dict(zip(map(role_of, self.smoothing.pairs), self.smoothing.alphas, strict=True))

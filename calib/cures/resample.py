@@ -10,8 +10,6 @@ than the text has. (Text generated token by token is used for calibration since 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,25 +19,13 @@ from calib.errors import UsageError
 from calib.models import OpenedModel
 from calib.models.device import input_device
 
-__all__ = ["Resampling", "resampled"]
+__all__ = ["resampled"]
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """Blocks that the model wrote, to be measured with the others. The model is not changed, so scales record no cure.
-
-    Attributes:
-        blocks: of token ids.
-        seed: of the samples.
-    """
-
-    blocks: TokenBlocks
-    seed: int
-
-
-def resampled(opened: OpenedModel, blocks: TokenBlocks, *, times: int = 2, seed: int = 0) -> Resampling:
+def resampled(opened: OpenedModel, blocks: TokenBlocks, *, times: int = 2, seed: int = 0) -> TokenBlocks:
     """Blocks in which each token is a sample of what the model expects there, given the text before it.
 
+    The model is not changed: what says that ranges cover such blocks is their source in the provenance of the corpus.
     The first token of a row stays. Special tokens are not sampled, but where the text has them.
 
     Args:
@@ -67,7 +53,7 @@ def resampled(opened: OpenedModel, blocks: TokenBlocks, *, times: int = 2, seed:
             picked = torch.multinomial(expected.softmax(-1), times, replacement=True, generator=generator)
             rows.append(_in_place(ids[0], picked.T, special))
     repeated = blocks.select(np.repeat(np.arange(len(blocks)), times))
-    return Resampling(repeated.with_ids(np.concatenate(rows)), seed)
+    return repeated.rewritten(np.concatenate(rows), f"resampled, seed {seed}")
 
 
 def _in_place(ids: torch.Tensor, picked: torch.Tensor, special: torch.Tensor) -> NDArray[np.int64]:

@@ -237,7 +237,7 @@ class _Search:
         if self._judge("search", ()).reference_nll is None:
             self.skipped["resample"] = "the model predicts no tokens, so it cannot write text"
             return []
-        base = replace(state.candidate, resampling=resampled(self.opened, self.few))
+        base = replace(state.candidate, resampled=resampled(self.opened, self.few))
         measured = self._measure(base, self.few, sites=["linear_input"])
         bare = replace(base, measurement=measured, ranges=measured, smoothing=None)
         alpha = base.alpha
@@ -334,8 +334,8 @@ class _Search:
     def _measure(self, candidate: Candidate, blocks: TokenBlocks, sites: Sequence[str] = ()) -> Measurement:
         """Of the model as it is now, on what the ranges of a candidate cover."""
         ids = candidate.prefix_ids
-        if candidate.resampling is not None:
-            blocks = blocks.joined(candidate.resampling.blocks)
+        if candidate.resampled is not None:
+            blocks = blocks.joined(candidate.resampled)
         sinks = len(ids) or self.measurement.run.sink_positions
         options = MeasureOptions(batch_size=self.options.batch_size, sites=sites, sink_positions=sinks)
         return measure(self.opened, blocks.with_prefix(ids), options)
@@ -350,7 +350,7 @@ class _Search:
             measurement = self.measurement
             if changed:
                 self.opened = self.opened.cured([record.model_dump_json() for record in records])
-            if changed or candidate.resampling is not None:
+            if changed or candidate.resampled is not None:
                 measurement = self._measure(candidate, self.blocks)
             scales = choose_scales(
                 measurement,

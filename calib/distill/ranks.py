@@ -76,6 +76,15 @@ class Ranks:
         if self._state is not None:
             self._state.wait_for_everyone()
 
+    def leave(self) -> None:
+        """Ends the talk of the processes, once all are done: one that exits in the middle of it may abort.
+
+        The last call of a program; no `Ranks` of this process can be used afterwards.
+        """
+        if self._state is not None:
+            self._state.wait_for_everyone()
+            self._state.destroy_process_group()
+
     def _cut(self, part: Tensor) -> Tensor:
         if len(part) < self.count:
             raise UsageError(f"batch of {len(part)} samples for {self.count} processes: make it larger")

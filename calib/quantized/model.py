@@ -126,12 +126,16 @@ class QuantizedModel:
         self._stack.callback(self._positions.on_end(self._end_of_pass))
         inputs = _by_module(self.plan.inputs)
         for name, weight in self.plan.weights.items():
+            own = _weight(name, self._modules[name])
             if self.trainable:
                 self._round_in_each_pass(name, weight)
+                self._own_weight_at_first(name, own)
                 continue
-            codes = self._swap(name, weight)
+            codes = self._swap(name, weight, own)
             if self.mode == "int8" and name not in self.not_int8:
-                self._compute_in_int8(name, codes, inputs.pop(name))
+                self._compute_in_int8(name, codes, own, inputs.pop(name))
+            else:
+                self._own_weight_at_first(name, own)
         for name, quantizers in inputs.items():
             hook = self._modules[name].register_forward_pre_hook(self._on_input(name, quantizers), with_kwargs=True)
             self._stack.callback(hook.remove)
@@ -141,23 +145,22 @@ class QuantizedModel:
         transforms = {id(self._modules[n]): self._on_attention(n, parts) for n, parts in self.plan.attention.items()}
         self._stack.enter_context(transform_attention(transforms))
 
-    def _swap(self, name: str, weight: WeightScheme | QuantizedWeight) -> QuantizedWeight:
+    def _swap(self, name: str, weight: WeightScheme | QuantizedWeight, own: nn.Parameter) -> QuantizedWeight:
         """Puts a rounded parameter in the place of a module's own."""
         module = self._modules[name]
-        own = _weight(name, module)
         codes = _rounded(name, module, weight)
         rounded = from_matrix(module, codes.dequantize(), own)
         module._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
         self._stack.callback(module._parameters.__setitem__, "weight", own)
-        self._own_weight_at_first(module, own)
         return codes
 
-    def _compute_in_int8(self, name: str, codes: QuantizedWeight, quantizers: list[TensorQuantizer]) -> None:
-        """Has a module multiply codes. What stays in float at its first positions meets the same rounded weight."""
+    def _compute_in_int8(
+        self, name: str, codes: QuantizedWeight, own: nn.Parameter, quantizers: list[TensorQuantizer]
+    ) -> None:
+        """Has a module multiply codes, but with its own weight the positions that stay in float."""
         module = self._modules[name]
         linear = Int8Linear(module, codes)
         previous = module.__dict__.get("forward")
-        in_float = module.forward
 
         def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             (x,) = [*args, *kwargs.values()]
@@ -168,7 +171,7 @@ class QuantizedModel:
             def product(part: torch.Tensor) -> torch.Tensor:
                 return linear(self._codes.of(part, quantizer, lambda: Int8Input.of(part, quantizer)), part.dtype)
 
-            return self._positions.apply(x, product, in_float=in_float)
+            return self._positions.apply(x, product, in_float=lambda first: _multiply(module, own, first))
 
         module.__dict__["forward"] = forward
         if previous is None:
@@ -181,7 +184,6 @@ class QuantizedModel:
         if isinstance(weight, QuantizedWeight):
             raise UsageError(f"{name}: codes that are fixed cannot be trained; plan a WeightScheme")
         module = self._modules[name]
-        _weight(name, module)
 
         def before(module: nn.Module, args: Any) -> None:
             own = module._parameters["weight"]
@@ -194,10 +196,10 @@ class QuantizedModel:
         for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)):
             self._stack.callback(handle.remove)
         self._stack.callback(after, module)
-        self._own_weight_at_first(module, module.get_parameter("weight"))
 
-    def _own_weight_at_first(self, module: nn.Module, own: nn.Parameter) -> None:
-        """Has a layer multiply the positions that stay in float with its own weight."""
+    def _own_weight_at_first(self, name: str, own: nn.Parameter) -> None:
+        """Has a linear layer multiply the positions that stay in float with its own weight."""
+        module = self._modules[name]
         if not self.plan.skip_positions or not is_linear(module):
             return
 
@@ -206,11 +208,7 @@ class QuantizedModel:
             first, _ = self._positions.split(x)
             if first is None:
                 return None
-            module.__dict__["weight"] = own  # goes before the parameter of this name
-            try:
-                in_float = type(module).forward(module, first)
-            finally:
-                del module.__dict__["weight"]
+            in_float = _multiply(module, own, first)
             return self._positions.apply(output, lambda rest: rest, in_float=lambda _: in_float)
 
         self._stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -285,6 +283,16 @@ def _weight(name: str, module: nn.Module) -> nn.Parameter:
     if own.is_meta:
         raise ModelError(f"{name}: its weight is not in memory; load the model without offloading")
     return own
+
+
+def _multiply(module: nn.Module, weight: nn.Parameter, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer computes with another weight."""
+    module.__dict__["weight"] = weight  # goes before the parameter of this name
+    try:
+        product: torch.Tensor = type(module).forward(module, x)
+    finally:
+        del module.__dict__["weight"]
+    return product
 
 
 def _rounded(name: str, module: nn.Module, weight: WeightScheme | QuantizedWeight) -> QuantizedWeight:

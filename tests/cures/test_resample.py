@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calib.corpus import TokenBlocks, build_blocks
+from calib.cures.judge import Score
 from calib.cures.resample import resampled
 from calib.cures.result import CureOptions
 from calib.cures.search import find_cure
@@ -32,14 +33,14 @@ def test_samples_follow_what_the_model_expects(opened: OpenedModel, blocks: Toke
     with torch.no_grad():
         opened.model.lm_head.weight *= 1e4  # a model that is certain: the sample is its best token
         best = opened.model(input_ids=torch.from_numpy(few.input_ids)).logits[:, :-1].argmax(-1).numpy()
-    ids = resampled(opened, few, times=3).blocks.input_ids
+    ids = resampled(opened, few, times=3).input_ids
     assert ids.shape == (6, 32)
     assert (ids[:, 0] == np.repeat(few.input_ids[:, 0], 3)).all()
     assert (ids[:, 1:] == np.repeat(best, 3, axis=0)).mean() > 0.95  # a few logits tie
 
 
 def test_the_seed_decides(opened: OpenedModel, blocks: TokenBlocks) -> None:
-    first, again, other = (resampled(opened, blocks, seed=seed).blocks for seed in (0, 0, 1))
+    first, again, other = (resampled(opened, blocks, seed=seed) for seed in (0, 0, 1))
     assert first.provenance.content_sha256 == again.provenance.content_sha256 != other.provenance.content_sha256
     assert (first.input_ids != blocks.select(np.repeat(range(12), 2)).input_ids).mean() > 0.5
 
@@ -50,7 +51,7 @@ def test_special_tokens_are_not_sampled_and_stay_where_the_text_has_them(
     special = opened.tokenizer.all_special_ids
     ids = blocks.input_ids.copy()
     ids[:, 7] = special[0]
-    sampled = resampled(opened, blocks.with_ids(ids), times=4).blocks.input_ids
+    sampled = resampled(opened, blocks.rewritten(ids, "with special tokens"), times=4).input_ids
     assert (sampled[:, 7] == special[0]).all()
     assert not np.isin(np.delete(sampled, 7, axis=1), special).any()
 
@@ -61,20 +62,51 @@ def test_refusals(opened: OpenedModel, blocks: TokenBlocks) -> None:
     with pytest.raises(UsageError, match="predicts no tokens"):
         resampled(replace(opened, model=opened.model.model), blocks)
     with pytest.raises(UsageError, match="must be"):
-        blocks.with_ids(blocks.input_ids[:, :-1])
+        blocks.rewritten(blocks.input_ids[:, :-1], "short")
 
 
-def test_ranges_of_the_chosen_model_cover_the_resampled_text(opened: OpenedModel, blocks: TokenBlocks) -> None:
-    few = blocks.select(range(8))
+def test_blocks_are_joined_with_their_sources(opened: OpenedModel, blocks: TokenBlocks) -> None:
+    both = blocks.joined(resampled(opened, blocks, times=1, seed=5))
+    assert [source.name for source in both.provenance.sources] == ["builtin", "resampled, seed 5"]
+    assert both.provenance.blocks_per_domain == {"speeches": 12, "resampled, seed 5": 12}
+    assert both.provenance.documents == 2 * blocks.provenance.documents
+    assert (both.input_ids[:12] == blocks.input_ids).all()
+    assert both.select(range(12)).input_ids.tolist() == blocks.input_ids.tolist()
+
+
+def loud_at(opened: OpenedModel, token: int) -> None:
+    """A neuron that fires for one word, far louder than for any other."""
+    direction = torch.nn.functional.normalize(opened.model.get_input_embeddings().weight[token].detach(), dim=0)
+    mlp = opened.model.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = 0.15 * direction
+        mlp.down_proj.weight[:, 0] *= 20
+
+
+def test_ranges_cover_words_that_the_text_lacks_and_the_scale_file_says_so(
+    opened: OpenedModel, blocks: TokenBlocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # likelihoods under a random model are chance
+    monkeypatch.setattr(Score, "worths", lambda self, reference: self.divergence)
+    monkeypatch.setattr(Score, "ratio", lambda self, reference: None)
+    few = blocks.select([0] * 8)
+    with torch.no_grad():
+        opened.model.model.norm.weight *= 15  # a random model is sure of nothing, and nothing changes its mind
+    counts = np.bincount(resampled(opened, few).input_ids.ravel(), minlength=300)
+    counts[few.input_ids] = 0
+    word = int(counts.argmax())  # the model expects it in the text, which does not have it
+    loud_at(opened, word)
+    held_out = resampled(opened, blocks.select(range(8, 12)), seed=7)
+    held_out.input_ids[:, ::8] = word
     measurement = measure(opened, few, MeasureOptions(batch_size=4))
-    name = "model.layers.1.mlp.down_proj:input"
+    name = "model.layers.0.mlp.down_proj:input"
     before = measurement.sites[name].statistics.range
-    cured = find_cure(opened, measurement, few, blocks.select(range(8, 12)), CureOptions(("resample",), target=1.0))
-    tried = [row.candidate for row in cured.rows if row.candidate.resampling is not None]
-    assert tried
-    assert tried[0].ranges.sites[name].statistics.range.count.sum() == 3 * before.count.sum()
-    assert tried[0].ranges.sites[name].statistics.range.amax >= before.amax
-    if cured.candidate.resampling is not None:  # what is written says so
-        assert cured.measurement.corpus.blocks == 24
-        assert cured.scales.cures == []  # the model is as it was
-        assert cured.scales.model.fingerprint == opened.provenance.fingerprint
+    options = CureOptions(("resample",), target=1.0)
+    cured = find_cure(opened, measurement, few, held_out, options)
+    assert cured.rows[-1].divergence.value < 0.1 * cured.rows[0].divergence.value
+    assert cured.candidate.resampled is not None
+    after = cured.candidate.measurement.sites[name].statistics.range
+    assert after.count.sum() == 3 * before.count.sum()
+    assert after.amax > 5 * before.amax
+    assert cured.scales.corpus.blocks_per_domain == {"speeches": 8, "resampled, seed 0": 16}
+    assert cured.scales.cures == []  # the model is as it was

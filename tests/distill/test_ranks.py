@@ -37,6 +37,7 @@ train_student(teacher, None, loader, "ce", StudentSettings(epochs=2, optimiser=a
 fine_tune(teacher, loader, TeacherSettings(epochs=2, optimiser=OptimiserSettings("adamw", 1e-3)), ranks=ranks)
 train_student(student, teacher, loader, "kd", StudentSettings(epochs=3, optimiser=adam), ranks=ranks)
 save_file({**student.state_dict(), "count": torch.tensor(ranks.count)}, folder / f"{ranks.count}-{ranks.rank}.st")
+ranks.leave()
 """
 
 
