@@ -32,7 +32,7 @@ def cure_options(function: Any) -> Any:
             "--target",
             default=1.01,
             show_default=True,
-            help="With --cure: perplexity over that of the float model at which the search stops.",
+            help="With --cure: the search stops when perplexity over that of the float model is surely below.",
         ),
         click.option(
             "--cure",

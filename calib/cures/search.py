@@ -169,8 +169,9 @@ class _Search:
         self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}{with_ratio}{end}")
 
     def _met(self, state: _State) -> bool:
-        """Whether the target is met on the search blocks."""
-        return (1 + state.score.mean if state.ratio is None else state.ratio.value) <= self.options.target
+        """Whether the target is met on the search blocks, by the upper end of the interval: they are few."""
+        worst = 1 + state.score.interval().high if state.ratio is None else state.ratio.high
+        return worst <= self.options.target
 
     def _note(self, state: _State) -> None:
         """A line of the table, from blocks that the search has not seen."""
@@ -368,7 +369,10 @@ class _Search:
         ignore = [*scales.ignore, *(name for name in candidate.kept if name not in scales.ignore)]
         scales = scales.model_copy(update={"cures": records, "ignore": ignore})
         outcome = "meets" if met else "is the best that was found, and misses"
-        reason = f"{candidate.name} {outcome} the target of {self.options.target:g} on the search blocks"
+        last = self.rows[-1]
+        verified = f"relative error {last.divergence}" if last.ratio is None else f"ratio {last.ratio}"
+        target = f"the target of {self.options.target:g} on the search blocks"
+        reason = f"{candidate.name} {outcome} {target}; verified on others: {verified}"
         return Cured(self.opened, scales, measurement, final, self.rows, reason, self.skipped)
 
 

@@ -10,12 +10,13 @@ import torch
 
 from calib.corpus import TokenBlocks, build_blocks
 from calib.cures import SmoothingSweep, find_pairs
-from calib.cures.judge import Judge
+from calib.cures.judge import Judge, Score
 from calib.cures.prefix import find_prefixes
 from calib.cures.ranges import smoothed_ranges
 from calib.cures.result import CureOptions
 from calib.cures.search import find_cure
 from calib.errors import UsageError
+from calib.evaluation.interval import Interval
 from calib.measurement import Measurement, MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel
@@ -163,6 +164,17 @@ def test_a_target_that_is_met_at_once_changes_nothing(
     assert cured.scales.cures == []
     assert "meets the target" in cured.reason
     assert all(torch.equal(p, state[name]) for name, p in opened.model.named_parameters())
+
+
+def test_a_value_that_meets_the_target_by_chance_does_not_end_the_search(
+    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Score, "ratio", lambda self, reference: Interval(1.0, 0.9, 1.2))
+    few, held_out = blocks.select(range(8)), blocks.select(range(8, 12))
+    cured = find_cure(opened, measurement, few, held_out, CureOptions(cures=("smooth",), target=1.1))
+    assert len(cured.rows) == 3  # nothing, smoothing, and what is written
+    assert "misses the target of 1.1" in cured.reason
+    assert cured.reason.endswith("verified on others: ratio 1.0000 [0.9000, 1.2000]")
 
 
 def test_layers_are_kept_in_float_where_that_helps_most(
