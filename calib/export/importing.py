@@ -134,10 +134,7 @@ def _onnx_linear(name: str, linear: QdqLinear) -> Tensors:
     point = linear.zero_point - (128 if linear.qmin == 0 else 0)  # uint8 codes, moved to -128..127
     weight = linear.codes.astype(np.float32) * linear.weight_scale
     rows = [float(scale) for scale in np.broadcast_to(linear.weight_scale, linear.codes.shape[1])]
-    if point == 0:
-        entry = _symmetric("linear_input", module, "input", linear.scale, -127, 127, 127.0)
-    else:
-        entry = _asymmetric(module, linear.scale, point)
+    entry = _signed(module, linear.scale, point, symmetric=point == 0)
     ends = float(weight.min()), float(weight.max())
     return {f"{module}:{port}": entry, f"{module}:weight": _weight(module, rows, ends, -127, 127, 127.0)}
 
@@ -160,9 +157,21 @@ def _aimet_tensor(name: str, one: Encoding) -> TensorScale:
     if one.parameter:
         largest = max(one.scale) * 127
         return _weight(module, one.scale, (-largest, largest), -127, 127, 127.0)
-    if one.symmetric and one.zero_point == 0:
-        return _symmetric("linear_input", module, "input", one.scale[0], -127, 127, 127.0)
-    return _asymmetric(module, one.scale[0], one.zero_point)
+    return _signed(module, one.scale[0], one.zero_point, symmetric=one.symmetric and one.zero_point == 0)
+
+
+def _signed(module: str, scale: float, point: int, *, symmetric: bool) -> TensorScale:
+    """``symmetric``: 0 has the code 0, which an asymmetric range can come to as well; its scale then tells the two
+    apart where no amax / 127 equals it."""
+    asymmetric = _asymmetric(module, scale, point)
+    if not symmetric:
+        return asymmetric
+    amax = symmetric_range(scale, 127.0)
+    reached = LinearRange(module, -amax, amax, symmetric=True).grid()[0] == scale
+    fits = LinearRange(module, asymmetric.range_min, asymmetric.range_max, symmetric=False).grid() == (scale, point)
+    if fits and not reached:
+        return asymmetric
+    return _symmetric("linear_input", module, "input", scale, -127, 127, 127.0)
 
 
 def _symmetric(kind: str, module: str, port: str, scale: float, qmin: int, qmax: int, intervals: float) -> TensorScale:

@@ -83,6 +83,18 @@ def test_import_inverts_export(to: str, options: dict[str, Any], bert: Lab, tmp_
     assert save_scales(found, tmp_path / "again").is_file()
 
 
+@pytest.mark.parametrize("scale", [0.027463078498840332, 0.02746308036148548, 0.03125])
+def test_a_scale_whose_0_has_code_0_is_given_back_whichever_formula_it_came_from(scale: float, tmp_path: Path) -> None:
+    """No amax / 127 is 0.027463078498840332 in float32; the range of an asymmetric grid is."""
+    entry = {"name": "x", "output_dtype": "int8", "y_scale": scale, "y_zero_point": 0}
+    file = tmp_path / "x.encodings"
+    file.write_text(json.dumps({"version": "2.0.0", "encodings": [entry]}))
+    tensor = import_scales(file).tensors["x:input"]
+    read = LinearRange("x", tensor.range_min, tensor.range_max, tensor.scheme.symmetric)
+    assert read.grid() == (scale, 0)
+    assert tensor.scheme.symmetric == (scale != 0.027463078498840332)
+
+
 def test_scales_exported_imported_and_exported_again_are_the_same_checkpoint(bert: Lab, tmp_path: Path) -> None:
     export_scales(bert.scales(symmetric=False), tmp_path / "a", bert.opened, to="compressed-tensors")
     export_scales(import_scales(tmp_path / "a"), tmp_path / "b", bert.opened, to="compressed-tensors")
