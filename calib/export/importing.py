@@ -161,8 +161,11 @@ def _aimet_tensor(name: str, one: Encoding) -> TensorScale:
 
 
 def _signed(module: str, scale: float, point: int, *, symmetric: bool) -> TensorScale:
-    """``symmetric``: 0 has the code 0, which an asymmetric range can come to as well; its scale then tells the two
-    apart where no amax / 127 equals it."""
+    """The input of a linear layer in int8.
+
+    ``symmetric``: 0 has the code 0. An asymmetric range can come to that as well; it is meant where no amax / 127
+    equals the scale.
+    """
     asymmetric = _asymmetric(module, scale, point)
     if not symmetric:
         return asymmetric
