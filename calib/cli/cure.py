@@ -38,7 +38,7 @@ def cure_options(function: Any) -> Any:
             "--cure",
             default="none",
             show_default=True,
-            help="none; auto (smooth,prefix,resample,compensate); or a list of these, rotate and keep.",
+            help="none; auto (smooth,prefix,resample,compensate); or a list of these, scale, rotate and keep.",
         ),
     ):
         function = option(function)
@@ -86,17 +86,20 @@ def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
     """Everything at once; returns how many layers the checkpoint has in INT8, None if there is none.
 
     There is none where a consumer would have to compute something that no checkpoint says: it would load, and be wrong.
+    Weights that were rounded with error compensation are in a file of their own too, for other formats.
     """
     from calib.export import write_checkpoint
-    from calib.quantized import QuantizedWeight
+    from calib.quantized.rounded_file import ROUNDED_FILE, save_rounded
     from calib.scales import save_scales
 
     with output_folder(output, overwrite=given["overwrite"]) as work:
         save_scales(cured.scales, work)
         _save_cures(cured, work)
+        rounded = cured.plan.rounded
+        if rounded:
+            save_rounded(rounded, work / ROUNDED_FILE)
         if cured.scales.bits != 8 or any(cure.needs == "online-op" for cure in cured.scales.cures):
             return None
-        rounded = {n: w for n, w in cured.plan.weights.items() if isinstance(w, QuantizedWeight)}
         return len(write_checkpoint(cured.opened, cured.scales, work, rounded).quantized)
 
 

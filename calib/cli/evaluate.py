@@ -15,7 +15,6 @@ from calib.errors import UsageError
 
 if TYPE_CHECKING:
     from calib.quantized import QuantizedWeight
-    from calib.schema.scales import ScaleFile
 
 __all__ = ["command"]
 
@@ -71,11 +70,11 @@ def command(model: str, scales: Path | None, **given: Any) -> None:
 
     codes: dict[str, QuantizedWeight] | None = None
     if scales is not None and scale_file is not None:
-        from calib.cures.restore import restore_cures
+        from calib.cures.restore import restore_cures, rounded_weights
 
         folder = scales if scales.is_dir() else scales.parent
         found = restore_cures(found, scale_file, folder)
-        codes = _compensated(scale_file, folder)
+        codes = rounded_weights(scale_file, folder)
     names = ("samples", "max_length", "seed", "add_bos")
     blocks = build_blocks(given["data"], found.tokenizer, **{name: given[name] for name in names})
     quiet = given["quiet"] or given["as_json"]
@@ -98,14 +97,3 @@ def command(model: str, scales: Path | None, **given: Any) -> None:
             progress=report,
         )
     print_evaluation(result, as_json=given["as_json"])
-
-
-def _compensated(scales: ScaleFile, folder: Path) -> dict[str, QuantizedWeight] | None:
-    """Weights of the checkpoint that `calib quantize --cure` wrote beside the scales, if they are compensated."""
-    if not any(cure.kind == "compensate" for cure in scales.cures) or not (folder / "config.json").is_file():
-        return None
-    from calib.export.read_compressed_tensors import read_compressed_tensors
-    from calib.quantized import QuantizedWeight
-
-    linears = read_compressed_tensors(folder).linears
-    return {name: QuantizedWeight(linear.codes, linear.weight_scale) for name, linear in linears.items()}

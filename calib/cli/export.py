@@ -20,7 +20,9 @@ __all__ = ["command"]
 @click.argument("scales", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--to", required=True, help="NAME or NAME:VARIANT; `calib formats` lists them.")
-@click.option("--model", help="The model that was measured; formats with weights or graph names need it.")
+@click.option(
+    "--model", help="The model that was measured, before its cures; formats with weights or graph names need it."
+)
 @click.option("--measurement", type=click.Path(path_type=Path), help="That the scales were chosen from.")
 @click.option("--kv-cache", is_flag=True, help="Write scales of keys and values too.")
 @click.option("--kv-heads", is_flag=True, help="The same with one scale per head, where the format takes that.")
@@ -61,6 +63,7 @@ def command(scales: Path, output: Path, to: str, **given: Any) -> None:
         kv_cache=given["kv_cache"],
         kv_heads=given["kv_heads"],
         shard_size=given["shard_size"],
+        source=scales if scales.is_dir() else scales.parent,
         overwrite=given["overwrite"],
     )
     from calib.report.export import print_export

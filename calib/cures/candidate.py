@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -14,12 +14,15 @@ from torch import nn
 from calib.corpus import TokenBlocks
 from calib.cures.pairs import Pair, Pairs
 from calib.cures.prefix import Prefix
+from calib.cures.ranges import scaled_ranges
 from calib.cures.record import smoothing_record
 from calib.cures.rotate import OnlineRotation
+from calib.cures.scale import OnlineScaling
 from calib.cures.smooth import Smoothing
 from calib.measurement.artifact import Measurement
 from calib.quantized import QuantizationPlan, QuantizedModel, plan_from_scales
-from calib.quantized.grid import IntegerGrid
+from calib.quantized.grid import Convention, IntegerGrid
+from calib.quantized.rounded_file import rounded_sha256
 from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
 from calib.schema.scales import CureRecord
@@ -27,7 +30,7 @@ from calib.schema.scales import CureRecord
 __all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "names_by_role", "role_of"]
 
 RowsOrTensor = Literal["per-row", "per-tensor"]
-CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
+CONVENTION: Convention = "compressed-tensors"
 """The grids of the checkpoint that is written: what is judged is what will run."""
 KEPT = "kept in float for its effect on the output"
 
@@ -46,6 +49,7 @@ class Candidate:
         resampled: blocks that `measurement` and `ranges` cover beside the given ones.
         smoothing: folded into weights.
         rotation: computed online.
+        scaling: computed online.
         plan: the quantized model; made of `ranges` if absent.
         kept: layers in float.
         compensated: whether the weights of `plan` are rounded with error compensation.
@@ -60,6 +64,7 @@ class Candidate:
     resampled: TokenBlocks | None = None
     smoothing: Smoothing | None = None
     rotation: OnlineRotation | None = None
+    scaling: OnlineScaling | None = None
     plan: QuantizationPlan | None = None
     kept: tuple[str, ...] = ()
     compensated: bool = False
@@ -80,6 +85,8 @@ class Candidate:
             )
         if self.rotation is not None:
             parts.append("rotate")
+        if self.scaling is not None:
+            parts.append("scale")
         if self.compensated:
             parts.append("compensate")
         if self.kept:
@@ -96,6 +103,11 @@ class Candidate:
         """Token ids in front of every sequence."""
         return () if self.prefix is None else self.prefix.token_ids
 
+    @property
+    def convention(self) -> Convention:
+        """The grids of what will run: of a checkpoint, or of the graph where that alone can hold the cures."""
+        return CONVENTION if self.scaling is None else "calib"
+
     def apply(self, model: nn.Module) -> ExitStack:
         """Changes the model: still float, the same function. Closing the result changes it back."""
         with ExitStack() as stack:
@@ -103,7 +115,19 @@ class Candidate:
                 stack.enter_context(self.smoothing.apply(model))
             if self.rotation is not None:
                 stack.enter_context(self.rotation.apply(model))
+            if self.scaling is not None:
+                stack.enter_context(self.scaling.apply(model))
             return stack.pop_all()
+
+    def scaled(self, model: nn.Module, pairs: Pairs) -> Candidate | None:
+        """The same with loud channels brought down in front of layers that no pair ends in and nothing rotates."""
+        reached = {consumer.module for pair in pairs for consumer in pair.consumers}
+        reached |= set() if self.rotation is None else set(self.rotation.modules)
+        modules = {name.partition("#")[0] for name in self.planned(model).inputs} - reached
+        scaling = OnlineScaling.find(model, self.ranges, modules, include_sink=self.prefix is None)
+        if not scaling.factors:
+            return None
+        return replace(self, scaling=scaling, ranges=scaled_ranges(self.ranges, scaling))
 
     @contextmanager
     def quantized(self, model: nn.Module) -> Iterator[QuantizedModel]:
@@ -119,8 +143,8 @@ class Candidate:
         plan = plan_from_scales(
             model,
             scales,
-            weights=WeightScheme(IntegerGrid.of(self.bits, convention=CONVENTION), self.weight_granularity),
-            convention=CONVENTION,
+            weights=WeightScheme(IntegerGrid.of(self.bits, convention=self.convention), self.weight_granularity),
+            convention=self.convention,
             skip_positions=len(self.prefix_ids),
         )
         return plan.without(dict.fromkeys(self.kept, KEPT)) if self.kept else plan
@@ -132,9 +156,17 @@ class Candidate:
             found.append(smoothing_record(self.smoothing))
         if self.rotation is not None:
             found.append(self.rotation.record())
+        if self.scaling is not None:
+            found.append(self.scaling.record())
         if self.compensated:
             summary = "weights rounded with error compensation (GPTQ), channels in the order of their energy"
-            found.append(CureRecord(kind="compensate", summary=summary, settings={"order": "activation"}))
+            rounded = {} if self.plan is None else self.plan.rounded
+            digests = {name: rounded_sha256(weight.codes, weight.scale) for name, weight in rounded.items()}
+            found.append(
+                CureRecord(
+                    kind="compensate", summary=summary, settings={"order": "activation", "rounded_sha256": digests}
+                )
+            )
         if self.kept:
             summary = f"{len(self.kept)} layers left in float, by their measured effect on the output"
             found.append(CureRecord(kind="keep", summary=summary, settings={"modules": list(self.kept)}))

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 
 from calib.cures.hadamard import hadamard, power_of_two_in
+from calib.cures.input_hook import change_of
 from calib.errors import UsageError
 from calib.quantized.recent import Recent
 
-__all__ = ["LARGEST_BLOCK", "InputRotation", "RotationHook", "on_columns", "random_signs", "rotation_of"]
+__all__ = ["LARGEST_BLOCK", "InputRotation", "on_columns", "random_signs", "rotation_of"]
 
 LARGEST_BLOCK = 512
 """A float32 block of 512 x 512 is 1 MB: it stays in cache."""
@@ -41,6 +41,8 @@ class InputRotation:
     Raises:
         UsageError: the width is odd, or the block is no power of two above 1.
     """
+
+    done = "rotated"
 
     def __init__(self, width: int, block: int = LARGEST_BLOCK, signs_seed: int | None = None) -> None:
         if block < 2 or block & (block - 1):
@@ -69,7 +71,7 @@ class InputRotation:
         """Lets go of the last rotated tensor."""
         self._recent.forget()
 
-    def rotate_once(self, x: torch.Tensor) -> torch.Tensor:
+    def change_once(self, x: torch.Tensor) -> torch.Tensor:
         """`rotate`, or its last result if that is of this very tensor: q, k and v read one."""
         return self._recent.of(x, self, lambda: self.rotate(x))
 
@@ -85,30 +87,6 @@ class InputRotation:
         return self._placed[key]
 
 
-class RotationHook:
-    """A forward pre-hook that rotates the first tensor a module is called with.
-
-    Attributes:
-        rotation: shared by the modules of one width, so that those that read one tensor also get one rotated tensor.
-        fired: whether it was called.
-    """
-
-    def __init__(self, rotation: InputRotation) -> None:
-        self.rotation = rotation
-        self.fired = False
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments with the first tensor rotated."""
-        self.fired = True
-        if args:
-            return (self.rotation.rotate_once(args[0]), *args[1:]), kwargs
-        name = next(key for key, value in kwargs.items() if isinstance(value, torch.Tensor))
-        return args, {**kwargs, name: self.rotation.rotate_once(kwargs[name])}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # a copied module rotates alike; what is remembered belongs to tensors, not to modules
-
-
 def random_signs(width: int, seed: int) -> torch.Tensor:
     """Signs that any program can derive from a seed, float32 ``[width]``; see `InputRotation`."""
     stream = hashlib.shake_256(str(seed).encode()).digest(-(-width // 8))
@@ -118,8 +96,8 @@ def random_signs(width: int, seed: int) -> torch.Tensor:
 
 def rotation_of(module: nn.Module) -> InputRotation | None:
     """The rotation of a module's input, if there is one."""
-    hooks = module._forward_pre_hooks.values()
-    return next((hook.rotation for hook in hooks if isinstance(hook, RotationHook)), None)
+    change = change_of(module)
+    return change if isinstance(change, InputRotation) else None
 
 
 def on_columns(module: nn.Module, matrix: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

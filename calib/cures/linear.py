@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["columns_of", "is_linear", "matrix_of", "rows_of"]
+from calib.errors import ModelError, UsageError
+
+__all__ = ["columns_of", "is_linear", "matrix_of", "other_holder", "own_matrix", "rows_of"]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,6 +31,35 @@ def rows_of(module: nn.Module) -> int:
 def columns_of(module: nn.Module) -> int:
     """Number of input channels of a linear layer."""
     return matrix_of(module, module.get_parameter("weight")).shape[1]
+
+
+def own_matrix(model: nn.Module, name: str) -> torch.Tensor:
+    """The weight of a linear layer as ``[outputs, inputs]``, a view, where it can be changed for this layer alone.
+
+    Raises:
+        UsageError: the name is of no linear layer.
+        ModelError: the weight is shared with another module, or not in memory.
+    """
+    module = dict(model.named_modules()).get(name)
+    if module is None or not is_linear(module):
+        kind = "no module" if module is None else f"a {type(module).__name__}, no linear layer,"
+        raise UsageError(f"{name}: is {kind} of {type(model).__name__}; name linear layers")
+    weight = module.get_parameter("weight")
+    if weight.is_meta:
+        raise ModelError(f"{name}: its weight is not in memory; load the model without offloading")
+    other = other_holder(model, module)
+    if other is not None:
+        raise ModelError(f"{name}: its weight is tied to {other}, which reads another input; leave this layer out")
+    return matrix_of(module, weight.detach())
+
+
+def other_holder(model: nn.Module, module: nn.Module) -> str | None:
+    """Name of another module that holds the weight of this one."""
+    weight = module.get_parameter("weight")
+    others = (
+        n for n, m in model.named_modules() if m is not module and any(p is weight for p in m._parameters.values())
+    )
+    return next(others, None)
 
 
 def _transposed(module: nn.Module) -> bool:

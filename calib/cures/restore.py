@@ -7,19 +7,23 @@ from pathlib import Path
 
 from calib.cures.record import load_smoothing, smoothing_record
 from calib.cures.rotate import OnlineRotation
+from calib.cures.scale import OnlineScaling
 from calib.errors import ArtifactError
 from calib.models import OpenedModel
+from calib.quantized import QuantizedWeight
+from calib.quantized.rounded_file import ROUNDED_FILE, load_rounded
 from calib.schema.scales import CureRecord, ScaleFile
 
-__all__ = ["SMOOTHING_FILE", "restore_cures"]
+__all__ = ["SMOOTHING_FILE", "restore_cures", "rounded_digests", "rounded_weights"]
 
 SMOOTHING_FILE = "smoothing.safetensors"
 
 
 def restore_cures(opened: OpenedModel, scales: ScaleFile, folder: Path) -> OpenedModel:
-    """Applies the cures of a scale file to the float model in place: smoothing and rotations; a prefix changes nothing.
+    """Applies the cures of a scale file to the float model in place: smoothing, rotation, scaling of inputs.
 
-    The result computes the same function in float. A rotation is computed by hooks that stay on the model.
+    The result computes the same function in float. What is computed online is done by hooks that stay on the model. A
+    prefix, rounded weights and layers in float change nothing here.
 
     Args:
         opened: the checkpoint that the cures were found for.
@@ -49,7 +53,25 @@ def restore_cures(opened: OpenedModel, scales: ScaleFile, folder: Path) -> Opene
             smoothing.apply(opened.model)
         elif record.kind == "rotate":
             _rotation(record).apply(opened.model)
+        elif record.kind == "scale":
+            OnlineScaling.of(opened.model, record).apply(opened.model)
     return cured
+
+
+def rounded_digests(scales: ScaleFile) -> dict[str, str]:
+    """Module -> hash of its weight, where that was rounded with error compensation; see `rounded_sha256`."""
+    held = next((cure.settings.get("rounded_sha256") for cure in scales.cures if cure.kind == "compensate"), None)
+    return {name: str(digest) for name, digest in held.items()} if isinstance(held, dict) else {}
+
+
+def rounded_weights(scales: ScaleFile, folder: Path) -> dict[str, QuantizedWeight] | None:
+    """Weights that were rounded with error compensation; None if there are none, or their file is not beside.
+
+    Raises:
+        ArtifactError: the file is damaged, or not the one that was recorded.
+    """
+    digests, path = rounded_digests(scales), folder / ROUNDED_FILE
+    return load_rounded(path, digests) if digests and path.is_file() else None
 
 
 def _rotation(record: CureRecord) -> OnlineRotation:

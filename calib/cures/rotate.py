@@ -8,59 +8,32 @@ when it arrives, and whoever runs the model must do that too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 import torch
 from torch import nn
 
 from calib.cures.fold import Folded
-from calib.cures.input_rotation import LARGEST_BLOCK, InputRotation, RotationHook, rotation_of
-from calib.cures.linear import is_linear, matrix_of
-from calib.errors import ModelError, UsageError
+from calib.cures.input_hook import Hooked, hook_inputs, require_unchanged
+from calib.cures.input_rotation import LARGEST_BLOCK, InputRotation
+from calib.cures.linear import is_linear, matrix_of, own_matrix
+from calib.errors import UsageError
 from calib.schema.scales import CureRecord
 from calib.sites import find_ports
 
 __all__ = ["OnlineRotation", "Rotated"]
 
 
-class Rotated:
-    """Rotated weights and the hooks that rotate their inputs; `revert`, or the end of a `with` block, undoes both.
+class Rotated(Hooked):
+    """Rotated weights and the hooks that rotate their inputs; `revert`, or the end of a `with` block, undoes both."""
 
-    Attributes:
-        names: the parameters that were changed.
-        rotations: module -> what its input goes through.
-    """
-
-    def __init__(self, folded: Folded, hooks: dict[str, RotationHook], handles: ExitStack) -> None:
-        self._folded, self._hooks, self._handles = folded, hooks, handles
-        self.names = folded.names
-        self.rotations = {name: hook.rotation for name, hook in hooks.items()}
-
-    def silent(self) -> list[str]:
-        """Modules that no forward pass has called: whatever uses their weight in another way is wrong now."""
-        return [name for name, hook in self._hooks.items() if not hook.fired]
-
-    def revert(self) -> None:
-        """Puts the very bits back and takes the hooks away; a second call does nothing.
-
-        Raises:
-            ModelError: a weight was changed by something else meanwhile; nothing is reverted.
-        """
-        self._folded.revert()
-        self._handles.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._folded.__exit__(kind, error, trace)
-        self._handles.close()
+    @property
+    def rotations(self) -> dict[str, InputRotation]:
+        """Module -> what its input goes through."""
+        changes = {name: hook.change for name, hook in self.hooks.items()}
+        return {name: change for name, change in changes.items() if isinstance(change, InputRotation)}
 
 
 @dataclass(frozen=True)
@@ -116,25 +89,19 @@ class OnlineRotation:
             UsageError: a name is of no linear layer, a width is odd, or an input is rotated already.
             ModelError: a weight is shared with another module or not in memory; the model is as it was.
         """
-        rotations: dict[int, InputRotation] = {}
-        hooks: dict[str, RotationHook] = {}
+        by_width: dict[int, InputRotation] = {}
+        rotations: dict[str, InputRotation] = {}
         weights: dict[str, torch.Tensor] = {}
-        modules = dict(model.named_modules())
         for name in self.modules:
-            own = _weight(model, modules, name)
-            weight = matrix_of(modules[name], own)
+            weight, module = own_matrix(model, name), model.get_submodule(name)
+            require_unchanged(name, module)
             width = weight.shape[1]
-            if width not in rotations:
-                rotations[width] = InputRotation(width, self.block, self.signs_seed)
-            hooks[name] = RotationHook(rotations[width])
-            weights[f"{name}.weight"] = matrix_of(modules[name], rotations[width].rotate(weight.float()))
+            if width not in by_width:
+                by_width[width] = InputRotation(width, self.block, self.signs_seed)
+            rotations[name] = by_width[width]
+            weights[f"{name}.weight"] = matrix_of(module, by_width[width].rotate(weight.float()))
         folded = Folded.write(model, weights.items(), "after rotation; load the model in a wider dtype")
-        handles = ExitStack()
-        for rotation in rotations.values():
-            handles.callback(rotation.forget)
-        for name, hook in hooks.items():
-            handles.callback(modules[name].register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-        return Rotated(folded, hooks, handles)
+        return Rotated(folded, *hook_inputs(model, rotations))
 
     def record(self) -> CureRecord:
         """An entry of `cures` in scales.json; a consumer can build the rotations from it."""
@@ -150,20 +117,3 @@ class OnlineRotation:
                 **({} if self.signs_seed is None else {"signs_seed": self.signs_seed}),
             },
         )
-
-
-def _weight(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> torch.Tensor:
-    """The weight of a linear layer whose input can be rotated."""
-    module = modules.get(name)
-    if module is None or not is_linear(module):
-        kind = "no module" if module is None else f"a {type(module).__name__}, no linear layer,"
-        raise UsageError(f"{name}: is {kind} of {type(model).__name__}; name linear layers")
-    if rotation_of(module) is not None:
-        raise UsageError(f"{name}: its input is rotated already; revert that first")
-    weight = module.get_parameter("weight")
-    if weight.is_meta:
-        raise ModelError(f"{name}: its weight is not in memory; load the model without offloading")
-    for other, held in modules.items():
-        if held is not module and any(p is weight for p in held._parameters.values()):
-            raise ModelError(f"{name}: its weight is tied to {other}, whose input is not rotated; leave this layer out")
-    return weight.detach()

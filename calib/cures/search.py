@@ -2,9 +2,10 @@
 """`find_cure`: the cheapest set of cures that meets a target, found by what comes out of the quantized model.
 
 A ladder is climbed, cheap cures first: nothing; smoothing; smoothing behind a prefix; ranges from more text; an alpha
-for each role; a rotation in front of layers that nothing else can rotate; error-compensated weights; layers left in
-float. Each rung keeps what the last one found. The search looks at one part of the held-out blocks; the ablation table
-comes from another part, which no decision has seen.
+for each role; a rotation in front of layers that nothing else can rotate; loud channels brought down in front of layers
+that smoothing cannot reach; error-compensated weights; layers left in float. Each rung keeps what the last one found.
+The search looks at one part of the held-out blocks; the ablation table comes from another part, which no decision has
+seen.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from calib.cures.candidate import KEPT, Candidate, names_by_role
 from calib.cures.find import find_pairs
 from calib.cures.judge import Judge, Score
 from calib.cures.linear import is_linear
+from calib.cures.loudest import loudest
 from calib.cures.pairs import Pairs
 from calib.cures.prefix import find_prefixes
 from calib.cures.ranges import smoothed_ranges
@@ -37,17 +39,15 @@ from calib.measurement.engine import MeasureOptions, measure
 from calib.measurement.head import can_skip_head, without_head
 from calib.models import OpenedModel
 from calib.models.device import input_device
-from calib.quantized import QuantizationPlan, QuantizedModel
+from calib.quantized import QuantizedModel
 from calib.quantized.hessian import collect_hessians, compensated
 from calib.scales import choose_scales
-from calib.statistics.observation import REST
 
 __all__ = ["find_cure"]
 
 _ALPHA, _STEP = 0.7, 0.1
 _SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
 _SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
-_KEEP_SHORTLIST = 6
 _WEIGHTS_SHARE = 0.25  # of the loss, below which a better rounding of weights is not worth its while
 _JUDGES_HELD = 3
 Say = Callable[[str], None]
@@ -130,6 +130,7 @@ class _Search:
             "resample": self._resample,
             "roles": self._roles,
             "rotate": self._rotate,
+            "scale": self._scale,
             "compensate": self._compensate,
             "keep": self._keep,
         }
@@ -189,10 +190,13 @@ class _Search:
 
     def _smooth(self, state: _State) -> list[_State]:
         """The best single alpha."""
+        return [self._one_alpha(state.candidate, _ALPHA)] if len(self._found_pairs()) else []
+
+    def _found_pairs(self) -> Pairs:
         if not len(self.pairs):
             self.pairs = find_pairs(self.model)
             self.skipped |= {f"smooth {name}": reason for name, reason in self.pairs.skipped.items()}
-        return [self._one_alpha(state.candidate, _ALPHA)] if len(self.pairs) else []
+        return self.pairs
 
     def _one_alpha(self, base: Candidate, start: float, rival: _State | None = None) -> _State:
         """Walks from an alpha in the direction that helps, up or else down, as long as it does.
@@ -286,6 +290,13 @@ class _Search:
             states.append(self._try(replace(rotated, ranges=ranges)))
         return [min(states, key=lambda one: one.worth)]
 
+    def _scale(self, state: _State) -> list[_State]:
+        """Loud channels brought down in front of the layers that no pair ends in, as their inputs arrive."""
+        scaled = state.candidate.scaled(self.model, self._found_pairs())
+        if scaled is None:
+            self.skipped["scale"] = "no layer that smoothing cannot reach has loud channels"
+        return [] if scaled is None else [self._try(scaled)]
+
     def _compensate(self, state: _State) -> list[_State]:
         """Weights rounded so that errors cancel over the inputs that were seen."""
         base = state.candidate
@@ -316,7 +327,7 @@ class _Search:
         """Layer by layer into float, each time the one whose rounding costs most."""
         best = state
         plan = state.candidate.planned(self.model)
-        shortlist = _loudest(state.candidate.ranges, plan, include_sink=state.candidate.prefix is None)
+        shortlist = loudest(state.candidate.ranges, plan, include_sink=state.candidate.prefix is None)
         for _ in range(self.options.keep):
             tried = []
             for name in shortlist:
@@ -346,7 +357,8 @@ class _Search:
         met, candidate = self._met(state), state.candidate
         judge = self._judge("verify", candidate.prefix_ids)
         records = candidate.records()
-        changed = any(cure is not None for cure in (candidate.prefix, candidate.smoothing, candidate.rotation))
+        cures = (candidate.prefix, candidate.smoothing, candidate.rotation, candidate.scaling)
+        changed = any(cure is not None for cure in cures)
         with candidate.apply(self.model) as applied:  # an error reverts
             measurement = self.measurement
             if changed:
@@ -374,18 +386,3 @@ class _Search:
         target = f"the target of {self.options.target:g} on the search blocks"
         reason = f"{candidate.name} {outcome} {target}; verified on others: {verified}"
         return Cured(self.opened, scales, measurement, final, self.rows, reason, self.skipped)
-
-
-def _loudest(ranges: Measurement, plan: QuantizationPlan, *, include_sink: bool) -> list[str]:
-    """Layers whose range is largest against what their input usually is: the likely ones, to be measured."""
-    ratio: dict[str, float] = {}
-    for name, site in ranges.sites.items():
-        channels = site.statistics.channels
-        if channels is None:
-            continue
-        extent = site.statistics.range if include_sink else site.statistics.range.of(REST)
-        typical = float(channels.of(REST).amax.mean())
-        for reader in (n.removesuffix(":input") for n in (name, *site.aliases)):
-            if reader in plan.inputs:
-                ratio[reader] = extent.amax / max(typical, 1e-30)
-    return sorted(ratio, key=lambda n: -ratio[n])[:_KEEP_SHORTLIST]

@@ -3,23 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from calib.cures.restore import rounded_digests
+from calib.cures.scale import recorded_factors
 from calib.errors import ModelError
 from calib.export.checks import checks, consumer
 from calib.export.compare import largest_difference, paired_speed
-from calib.export.linears import linear_ranges
+from calib.export.linears import LinearRange, linear_ranges
 from calib.export.onnx_emulate import float_twin, layer_model, layer_outputs, layer_rows, reference_output, token_feed
 from calib.export.onnx_lint import integer_layers, session
 from calib.export.onnx_qdq import FILE
 from calib.export.read_onnx import QdqGraph, QdqLinear, read_onnx
 from calib.export.report import ConsumerReport, Verification
+from calib.quantized.rounded_file import rounded_sha256
 from calib.schema.export import ExportManifest
 from calib.schema.scales import ScaleFile
 
@@ -148,8 +152,10 @@ def _against_scales(read: QdqGraph, scales: ScaleFile) -> Iterator[str]:
     except ModelError as error:
         yield str(error)
         return
+    digests, factors = rounded_digests(scales), recorded_factors(scales)
     for name, linear in read.linears.items():
-        expected = wanted.ranges.get(name.partition("#")[0])
+        module = name.partition("#")[0]
+        expected = wanted.ranges.get(module)
         if expected is None:
             yield f"{name}: is quantized, and the scale file has no range for it"
             continue
@@ -159,11 +165,29 @@ def _against_scales(read: QdqGraph, scales: ScaleFile) -> Iterator[str]:
                 f"{name}:input: scale is {linear.scale:.9g} (zero point {linear.zero_point}), "
                 f"the scale file gives {scale:.9g} ({point})"
             )
-        record = expected.weight
-        rows = record.scale if record is not None and record.scheme.bits == 8 else None
-        if isinstance(rows, list) and not np.array_equal(linear.weight_scale, np.array(rows, np.float32)):
-            yield f"{name}:weight: scales are not those of the scale file"
-        largest = np.abs(linear.codes.astype(np.int16)).max(0)
-        if ((largest < 127) & (largest > 0)).any():
-            column = int(((largest < 127) & (largest > 0)).argmax())
-            yield f"{name}:weight: codes of output {column} reach {largest[column]}, not 127; they are of another scale"
+        if module in factors and not _multiplies(linear, factors[module]):
+            yield f"{name}:input: is not multiplied by the factors of the scale file"
+        if module in digests:
+            codes, rows = torch.from_numpy(linear.codes.T.copy()), torch.from_numpy(linear.weight_scale)
+            if rounded_sha256(codes, rows) != digests[module]:
+                yield f"{name}:weight: is not the one that was rounded with error compensation"
+        else:
+            yield from _nearest(name, linear, expected)
+
+
+def _multiplies(linear: QdqLinear, factors: Mapping[str, float]) -> bool:
+    wanted = np.ones(linear.codes.shape[0], np.float32)
+    wanted[[int(channel) for channel in factors]] = [*factors.values()]
+    return linear.factors is not None and np.array_equal(linear.factors, wanted)
+
+
+def _nearest(name: str, linear: QdqLinear, expected: LinearRange) -> Iterator[str]:
+    """What shows that a weight was not rounded to the nearest code of its grid."""
+    record = expected.weight
+    rows = record.scale if record is not None and record.scheme.bits == 8 else None
+    if isinstance(rows, list) and not np.array_equal(linear.weight_scale, np.array(rows, np.float32)):
+        yield f"{name}:weight: scales are not those of the scale file"
+    largest = np.abs(linear.codes.astype(np.int16)).max(0)
+    if ((largest < 127) & (largest > 0)).any():
+        column = int(((largest < 127) & (largest > 0)).argmax())
+        yield f"{name}:weight: codes of output {column} reach {largest[column]}, not 127; they are of another scale"

@@ -73,6 +73,7 @@ def import_scales(path: Path) -> ScaleFile:
         method=f"imported:{kind}",
         bits=8,
         tensors=tensors,
+        cures=beside.cures if beside is not None else [],
         coverage=dict(sorted(Counter(tensor.kind for tensor in tensors.values()).items())),
         ignore=ignore,
         verdict="static",

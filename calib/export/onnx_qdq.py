@@ -8,10 +8,12 @@ with an int32 bias, whose scale is that of the input times that of the row: it b
 needed. OpenVINO reads the same file.
 
 Scales: amax / 127 (int8, zero point 0) or (max - min) / 255 (int8 with a zero point); weights int8 per output channel.
+The cure `scale` is a `Mul` in front of a `QuantizeLinear`, one for all layers that read its input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from calib.export.linears import LinearRange, linear_ranges
 from calib.export.onnx_graph import FloatGraph, Product, float_graph, reached, save_onnx
 from calib.export.onnx_rows import keep_rows
 from calib.export.request import ExportRequest, ExportSummary
+from calib.quantized import QuantizedWeight
 from calib.scales.grid import Grid
 
 __all__ = ["FILE", "export_onnx_qdq", "quantized_graph", "weight_grid"]
@@ -38,6 +41,7 @@ _LARGEST_BIAS = 2**31 - 2**20  # an int32 sum must still fit above it
     carries="weights, input scales and zero points, names of the graph",
     consumers=("ONNX Runtime", "OpenVINO", "TensorRT (symmetric)", "QNN execution provider"),
     proven="ONNX Runtime and OpenVINO, executing integers",
+    cures=("smooth", "rotate", "scale", "keep", "clip", "compensate"),
     model=True,
     extra="onnx",
 )
@@ -73,7 +77,7 @@ def quantized_graph(request: ExportRequest) -> tuple[Any, ExportSummary]:
     linears = linear_ranges(request.scales, request.opened.model, fused=False, conv1d=True)
     found = float_graph(request.opened)
     in_float = dict(linears.in_float)
-    rewriter = _Rewriter(found)
+    rewriter = _Rewriter(found, request.weights)
     for product in found.products:
         wanted = linears.ranges.get(product.module)
         if wanted is not None:
@@ -95,8 +99,10 @@ def quantized_graph(request: ExportRequest) -> tuple[Any, ExportSummary]:
 class _Rewriter:
     """Replaces products of a graph by quantized ones."""
 
-    def __init__(self, found: FloatGraph) -> None:
+    def __init__(self, found: FloatGraph, rounded: Mapping[str, QuantizedWeight]) -> None:
         from onnx import numpy_helper
+
+        self.rounded = rounded
 
         self.model = found.model
         self.graph = found.model.graph
@@ -110,7 +116,7 @@ class _Rewriter:
     def quantize(self, product: Product, wanted: LinearRange) -> str | None:
         """Replaces one product; returns why it cannot be done, and then leaves it as it was."""
         weight = self.to_array(self.constants[product.weight])
-        codes, weight_scale = _weight(weight, wanted)
+        codes, weight_scale = _weight(weight, wanted, self.rounded.get(product.module))
         scale, point = wanted.grid()
         bias = None
         if product.bias is not None:
@@ -214,8 +220,13 @@ def weight_grid(weight: NDArray[np.float32], wanted: LinearRange) -> NDArray[np.
     return np.where(amax > 0, amax / 127, fallback).astype(np.float32)
 
 
-def _weight(weight: NDArray[np.float32], wanted: LinearRange) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Codes ``[in, out]`` and scales ``[out]``."""
+def _weight(
+    weight: NDArray[np.float32], wanted: LinearRange, rounded: QuantizedWeight | None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes ``[in, out]`` and scales ``[out]``: those of a weight that was rounded before, or each to the nearest."""
+    if rounded is not None:
+        held = np.broadcast_to(rounded.scale.cpu().numpy().reshape(-1), weight.shape[1])
+        return np.ascontiguousarray(rounded.codes.cpu().numpy().T), np.ascontiguousarray(held)
     scale = weight_grid(weight, wanted)
     codes = np.clip(np.rint(weight.astype(np.float32) / scale), -127, 127)
     return codes.astype(np.int8), scale

@@ -23,6 +23,7 @@ FILE = "model.xml"
     carries="weights, input scales and zero points",
     consumers=("OpenVINO",),
     proven="OpenVINO, executing integers",
+    cures=("smooth", "rotate", "scale", "keep", "clip", "compensate"),
     model=True,
     extra="openvino",
 )

@@ -34,6 +34,7 @@ class QdqLinear:
         nodes: that compute it, from the quantization of the input to the product.
         source: name of the input, float.
         result: name of the output.
+        factors: float32 ``[in]`` that the input was multiplied by just before; None if it was not.
     """
 
     name: str
@@ -47,6 +48,7 @@ class QdqLinear:
     nodes: list[Any]
     source: str
     result: str
+    factors: NDArray[np.float32] | None = None
 
 
 @dataclass(eq=False)
@@ -119,13 +121,30 @@ class _Reader:
             return
         nodes = [quantize, first, second, *([third] if third is not None else []), node]
         self.read.linears[name] = QdqLinear(
-            name, *grid, *rows, bias, nodes, str(quantize.input[0]), str(node.output[0])
+            name,
+            *grid,
+            *rows,
+            bias,
+            nodes,
+            str(quantize.input[0]),
+            str(node.output[0]),
+            self.factors(quantize.input[0], rows[0].shape[0]),
         )
 
     def maker(self, name: str) -> Any:
         """The DequantizeLinear that makes a tensor."""
         node = self.makers.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def factors(self, name: str, inputs: int) -> NDArray[np.float32] | None:
+        """What a tensor was multiplied by, channel by channel, in the node that made it."""
+        node = self.makers.get(name)
+        while node is not None and node.op_type == "Reshape":
+            node = self.makers.get(node.input[0])
+        if node is None or node.op_type != "Mul":
+            return None
+        constants = [value for value in map(self.value, node.input) if value is not None]
+        return next((value for value in constants if value.shape == (inputs,)), None)
 
     def value(self, name: str) -> NDArray[Any] | None:
         """A constant."""

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calib.cures.restore import restore_cures
 from calib.errors import ArtifactError, CalibError
 from calib.export.checks import CHECKS, consumer_of
 from calib.export.manifest import MANIFEST, changed_files, read_manifest
@@ -32,7 +33,8 @@ def verify_export(
     Args:
         folder: that `calib export` wrote, or a checkpoint of another program.
         consumer: name of the program to run; by default the first that reads the format, if it is installed.
-        model: the float model; whole-model outputs of a graph are then compared with calib's quantized model.
+        model: the float model; whole-model outputs of a graph are then compared with calib's quantized model. Cures are
+            applied to it in place, if it is the checkpoint that they were found for.
         run: also run the consumer.
 
     Raises:
@@ -57,6 +59,8 @@ def verify_export(
     elif program.missing:
         found.not_checked.append(f"{program.name}: is not installed; run `{program.install}`")
     else:
+        if model is not None and scales is not None:
+            model = restore_cures(model, scales, folder)
         found.consumer = program.run(folder, manifest, model)
         found.problems += found.consumer.problems
     return found

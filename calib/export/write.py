@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calib.cures.restore import SMOOTHING_FILE, restore_cures, rounded_weights
 from calib.errors import ArtifactError, GateError, UsageError
 from calib.export.formats import Format, parse_format
 from calib.export.manifest import write_manifest
@@ -43,6 +45,7 @@ def export_scales(
     kv_heads: bool = False,
     shard_size: str = "5GB",
     weights: Mapping[str, QuantizedWeight] | None = None,
+    source: Path | None = None,
     overwrite: bool = False,
 ) -> ExportSummary:
     """Writes scales in a format that a consumer reads, beside `scales.json` and `calib_export.json`.
@@ -57,6 +60,8 @@ def export_scales(
         kv_heads: one of them per head, where the format takes that; elsewhere one per tensor, and a note says so.
         shard_size: of checkpoint files.
         weights: rounded before, with error compensation, on the grid of the format.
+        source: folder that `calib quantize --cure` wrote. With it `model` may be the checkpoint that the cures were
+            found for, to which they are applied in place, and the weights are those that were rounded then.
         overwrite: replace the folder.
 
     Raises:
@@ -66,6 +71,9 @@ def export_scales(
         GateError: the model was measured in another dtype than it would be served in.
     """
     found, variant = parse_format(to)
+    require_expressed(found, scales)
+    if source is not None and model is not None:
+        model, weights = restore_cures(model, scales, source), weights or rounded_weights(scales, source)
     request = ExportRequest(
         scales, folder, model, measurement, variant, kv_cache or kv_heads, kv_heads, shard_size, weights or {}
     )
@@ -74,6 +82,8 @@ def export_scales(
     with output_folder(folder, overwrite=overwrite) as work:
         request = replace(request, folder=work)
         summary = found.write(request)
+        if source is not None and any(cure.kind == "smooth" for cure in scales.cures):
+            shutil.copyfile(source / SMOOTHING_FILE, work / SMOOTHING_FILE)
         if kv_heads and not found.kv_heads:
             summary.notes.append(
                 f"format {found.name}: has no scales per head; keys and values have one scale per tensor, or none"
@@ -83,6 +93,19 @@ def export_scales(
     return summary
 
 
+def require_expressed(found: Format, scales: ScaleFile) -> None:
+    """Refuses cures that a format has no form for.
+
+    Of operations that are computed as the model runs, only the products of `scale` are in a graph.
+    """
+    for cure in scales.cures:
+        if cure.kind not in found.cures or (cure.needs == "online-op" and cure.kind != "scale"):
+            raise ArtifactError(
+                f"format {found.name}: cannot express the cure {cure.kind!r} of the scale file; "
+                f"choose a format that can (`calib formats`), or scales without it"
+            )
+
+
 def require_fit(found: Format, request: ExportRequest) -> None:
     """Refuses what does not belong together."""
     scales = request.scales
@@ -90,18 +113,11 @@ def require_fit(found: Format, request: ExportRequest) -> None:
         _ = request.opened
     if found.measurement and request.measured.sha256 != scales.measurement_sha256:
         raise ArtifactError(f"{scales.model.name}: the scales were chosen from another measurement; pass that one")
-    for cure in scales.cures:
-        kind = cure.kind
-        if kind not in found.cures or cure.needs == "online-op":
-            raise ArtifactError(
-                f"format {found.name}: cannot express the cure {kind!r} of the scale file; "
-                f"choose a format that can (`calib formats`), or scales without it"
-            )
-        if kind == "compensate" and not request.weights:
-            raise ArtifactError(
-                f"{scales.model.name}: its weights were rounded with error compensation, and scales alone do not hold "
-                "them; export from `calib quantize`, or choose scales without it"
-            )
+    if any(cure.kind == "compensate" for cure in scales.cures) and not request.weights:
+        raise ArtifactError(
+            f"{scales.model.name}: its weights were rounded with error compensation, and scales alone do not hold "
+            "them; export the folder of `calib quantize`, or choose scales without it"
+        )
     if request.model is None:
         return
     given = request.model.provenance

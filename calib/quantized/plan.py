@@ -51,6 +51,11 @@ class QuantizationPlan:
                 if part not in ("query", "key", "value"):
                     raise UsageError(f"{name}:{part}: no part of attention; choose query, key or value")
 
+    @property
+    def rounded(self) -> dict[str, QuantizedWeight]:
+        """Weights whose codes are fixed already."""
+        return {name: weight for name, weight in self.weights.items() if isinstance(weight, QuantizedWeight)}
+
     def without(self, modules: Mapping[str, str]) -> Self:
         """The plan with some modules wholly left in float.
 

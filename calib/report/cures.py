@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["print_cures"]
 
-_NEEDS = {
-    "prefix": "a consumer must put the prefix in front of every sequence, best as cached keys and values in float",
-    "online-op": "a consumer must rotate these inputs itself: no ordinary checkpoint holds that",
+_PREFIX = "a consumer must put the prefix in front of every sequence, best as cached keys and values in float"
+_OPERATION = {
+    "rotate": "a consumer must rotate these inputs itself: no ordinary checkpoint holds that",
+    "scale": "a consumer must multiply these inputs: graphs hold that (`calib export --to onnx-qdq` or openvino)",
 }
 
 
@@ -37,5 +38,6 @@ def print_cures(cured: Cured) -> None:
     for record in cured.scales.cures:
         console.print(f"cure {record.kind}: {escape(record.summary)}")
         if record.needs != "nothing":
-            console.print(f"[yellow]note[/] {_NEEDS[record.needs]}")
+            needed = _PREFIX if record.needs == "prefix" else _OPERATION[record.kind]
+            console.print(f"[yellow]note[/] {needed}")
     console.print(f"[bold]{escape(cured.reason)}[/]")

@@ -123,13 +123,24 @@ class TensorScale(Strict):
         return self
 
 
-Setting = bool | int | float | str | list[int] | list[float] | list[str] | dict[str, float]
+Setting = (
+    bool
+    | int
+    | float
+    | str
+    | list[int]
+    | list[float]
+    | list[str]
+    | dict[str, float]
+    | dict[str, str]
+    | dict[str, dict[str, float]]
+)
 
 
 class CureRecord(Strict):
     """One change that was made to the model before its scales were chosen, in the order of application."""
 
-    kind: Literal["smooth", "prefix", "rotate", "keep", "clip", "compensate"]
+    kind: Literal["smooth", "prefix", "rotate", "scale", "keep", "clip", "compensate"]
     summary: str = Field(description="What was done and why, in one line")
     needs: Literal["nothing", "prefix", "online-op"] = Field(
         default="nothing",
