@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -303,7 +304,7 @@ class _Search:
         rows = self.blocks.select(range(min(2 * _SEARCH_ROWS, len(self.blocks)))).with_prefix(base.prefix_ids)
         plan = base.planned(self.model)
         linear = [name for name in plan.weights if is_linear(self.model.get_submodule(name))]
-        if not linear or not can_skip_head(self.model, input_device(self.model)):
+        if not linear:
             self.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
             return []
         judge = self._judge("search", base.prefix_ids)
@@ -315,7 +316,7 @@ class _Search:
         with base.apply(self.model):
             with (
                 torch.no_grad(),
-                without_head(self.model),
+                without_head(self.model) if can_skip_head(self.model, input_device(self.model)) else nullcontext(),
                 collect_hessians(self.model, linear, skip_positions=len(base.prefix_ids)) as hessians,
             ):
                 for batch in rows.batches(self.options.batch_size):

@@ -118,11 +118,15 @@ def run_openvino(folder: Path, manifest: ExportManifest | None, model: OpenedMod
 def _report(
     name: str, read: QdqGraph, folder: Path, layer: Any, whole: Any, twin: Any, model: OpenedModel | None, integer: int
 ) -> ConsumerReport:
-    exact, worst = 0, 0.0
+    exact, saturating, worst = 0, 0, 0.0
     for linear in read.linears.values():
         x = layer_rows(linear)
-        difference = largest_difference(layer(linear, x), layer_outputs(linear, x))
+        output = layer(linear, x)
+        difference = largest_difference(output, layer_outputs(linear, x))
         exact, worst = exact + (difference <= LAYER_ALLOWANCE), max(worst, difference)
+        if difference > LAYER_ALLOWANCE:
+            narrow = largest_difference(output, layer_outputs(linear, x, saturating=True))
+            saturating += narrow <= LAYER_ALLOWANCE
     feed = token_feed(read, folder)
     reference, moved = reference_output(read, feed, model)
     difference = largest_difference(whole(feed), reference)
@@ -137,6 +141,7 @@ def _report(
         model_difference=difference,
         allowance=round(FLOOR + FLIPS * moved, 6),
         integer_layers=integer,
+        saturating_layers=saturating,
         speed=round(median(paired_speed(lambda: twin(feed), lambda: whole(feed))), 3),
     )
 
@@ -168,7 +173,7 @@ def _against_scales(read: QdqGraph, scales: ScaleFile) -> Iterator[str]:
         if module in factors and not _multiplies(linear, factors[module]):
             yield f"{name}:input: is not multiplied by the factors of the scale file"
         if module in digests:
-            codes, rows = torch.from_numpy(linear.codes.T.copy()), torch.from_numpy(linear.weight_scale)
+            codes, rows = torch.from_numpy(linear.codes.T.copy()), torch.from_numpy(linear.weight_scale.copy())
             if rounded_sha256(codes, rows) != digests[module]:
                 yield f"{name}:weight: is not the one that was rounded with error compensation"
         else:

@@ -33,11 +33,28 @@ def layer_rows(linear: QdqLinear, rows: int = 4) -> NDArray[np.float32]:
     return x.astype(np.float32)
 
 
-def layer_outputs(linear: QdqLinear, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The output of a layer, its product in exact integers, float64 ``[rows, out]``."""
+def layer_outputs(linear: QdqLinear, x: NDArray[np.float32], *, saturating: bool = False) -> NDArray[np.float64]:
+    """The output of a layer, its product in exact integers, float64 ``[rows, out]``.
+
+    Args:
+        linear: the layer.
+        x: ``[rows, in]``.
+        saturating: as x86 processors without VNNI multiply: inputs moved to 0..255, and the sum of two neighbouring
+            products held in 16 bits (`vpmaddubsw`), beyond which it stays at the end.
+    """
     codes = np.rint(x / np.float32(linear.scale)) + linear.zero_point
-    codes = np.clip(codes, linear.qmin, linear.qmax).astype(np.int64) - linear.zero_point
-    total = codes @ linear.codes.astype(np.int64)
+    codes = np.clip(codes, linear.qmin, linear.qmax).astype(np.int64)
+    weight = linear.codes.astype(np.int64)
+    if saturating:
+        unsigned = np.pad(codes - linear.qmin, ((0, 0), (0, len(weight) % 2)))
+        padded = np.pad(weight, ((0, len(weight) % 2), (0, 0)))
+        total = np.zeros((len(x), weight.shape[1]), np.int64)
+        for first in range(0, len(padded), 2):
+            pair = unsigned[:, first : first + 2] @ padded[first : first + 2]
+            total += np.clip(pair, -(2**15), 2**15 - 1)
+        total += (linear.qmin - linear.zero_point) * weight.sum(0)
+    else:
+        total = (codes - linear.zero_point) @ weight
     step = np.float64(np.float32(linear.scale)) * linear.weight_scale.astype(np.float64)
     result: NDArray[np.float64] = total * step
     return result if linear.bias is None else result + linear.bias.astype(np.float64)

@@ -24,6 +24,8 @@ class ConsumerReport:
         model_difference: largest difference of the whole model's output, relative to its largest value.
         allowance: what `model_difference` may be; a tie that rounds the other way changes later layers.
         integer_layers: layers that were multiplied in integers; None where this consumer emulates.
+        saturating_layers: of those that are not exact, how many are equal but for sums of two products that this
+            processor holds in 16 bits.
         speed: time of the float model divided by that of this one, median of alternating pairs; None if not taken.
     """
 
@@ -37,6 +39,7 @@ class ConsumerReport:
     allowance: float
     integer_layers: int | None = None
     speed: float | None = None
+    saturating_layers: int = 0
 
     @property
     def problems(self) -> list[str]:
@@ -46,10 +49,17 @@ class ConsumerReport:
             found.append(
                 f"{self.consumer}: {self.scales - self.scales_read} of {self.scales} scales were not read as written"
             )
-        if self.layers_exact < self.layers:
+        other = self.layers - self.layers_exact - self.saturating_layers
+        if other:
             found.append(
-                f"{self.consumer}: {self.layers - self.layers_exact} of {self.layers} layers compute something else, "
+                f"{self.consumer}: {other} of {self.layers} layers compute something else, "
                 f"by up to {self.layer_difference:.3g} of their largest output"
+            )
+        if self.saturating_layers:
+            found.append(
+                f"{self.consumer}: {self.saturating_layers} of {self.layers} layers saturate on this processor, which "
+                f"adds products in 16 bits, and differ by up to {self.layer_difference:.3g} of their largest output; "
+                "one with VNNI computes them exactly"
             )
         if not self.model_difference <= self.allowance:
             found.append(
