@@ -40,7 +40,7 @@ from calib.cures.scale import OnlineScaling
 from calib.errors import CalibError
 from calib.evaluation.classification import collect, compare_classes, compare_embeddings
 from calib.evaluation.layers import layer_errors
-from calib.measurement import Calibration
+from calib.measurement import Calibration, Measurement
 from calib.measurement.engine import measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import IntegerGrid, QuantizationPlan, QuantizedModel, plan_from_scales
@@ -59,13 +59,11 @@ def main() -> None:
     parts = {"minilm": ("all-MiniLM-L6-v2", minilm), "efficientnet": ("EfficientNet-Lite0", convolutional)}
     chosen = sys.argv[1:] or list(parts)
     before = json.loads((RESULTS / "quality_others.json").read_text())
-    write(
-        "quality_others",
-        {
-            title: {**environment(), **make()} if name in chosen else before[title]
-            for name, (title, make) in parts.items()
-        },
-    )
+    of_before = {key: before[key] for key in environment()}
+    results = {}
+    for name, (title, make) in parts.items():
+        results[title] = {**environment(), **make()} if name in chosen else {**of_before, **before[title]}
+    write("quality_others", results)
 
 
 class Encoder:
@@ -181,16 +179,7 @@ def minilm() -> dict[str, Any]:
         plan = plan_from_scales(model, choose_scales(rotated, symmetric=False))
         label = "static, asymmetric, rotated inputs, compensated weights"
         encoder.row(label, encoder.compensated(plan), **online)
-    reached = {consumer.module for pair in pairs for consumer in pair.consumers}
-    scaling = OnlineScaling.find(model, measurement, set(plan.weights) - reached)
-    with scaling.apply(model):
-        plan = plan_from_scales(model, choose_scales(measure(encoder.opened, encoder.blocks), symmetric=False))
-        online = {"needs": "a product in front of these layers, which ONNX and OpenVINO graphs hold"}
-        online |= {"layers": len(scaling.factors), "summary": scaling.record().summary}
-        encoder.row("static, asymmetric, scaled inputs", plan, **online, elsewhere=encoder.cosine_elsewhere(plan))
-        plan = encoder.compensated_on_calibration(plan)
-        label = "static, asymmetric, scaled inputs, compensated weights"
-        encoder.row(label, plan, **online, elsewhere=encoder.cosine_elsewhere(plan))
+    scaled_rows(encoder, measurement)
     errors = layer_errors(model, encoder.test[:2], plan_from_scales(model, symmetric), scales=symmetric)
     float_accuracy = float((encoder.probe.logits(encoder.exact).argmax(-1) == encoder.labels).mean())
     return {
@@ -205,6 +194,22 @@ def minilm() -> dict[str, Any]:
             "tensors": sum(t.difference_db is not None for t in errors.tensors.values()),
         },
     }
+
+
+def scaled_rows(encoder: Encoder, measurement: Measurement) -> None:
+    """Loud channels brought down in front of the layers that smoothing cannot reach."""
+    model = encoder.model
+    reached = {consumer.module for pair in find_pairs(model) for consumer in pair.consumers}
+    linear = set(plan_from_scales(model, inputs="none").weights)
+    scaling = OnlineScaling.find(model, measurement, linear - reached)
+    with scaling.apply(model):
+        plan = plan_from_scales(model, choose_scales(measure(encoder.opened, encoder.blocks), symmetric=False))
+        online = {"needs": "a product in front of these layers, which ONNX and OpenVINO graphs hold"}
+        online |= {"layers": len(scaling.factors), "summary": scaling.record().summary}
+        encoder.row("static, asymmetric, scaled inputs", plan, **online, elsewhere=encoder.cosine_elsewhere(plan))
+        plan = encoder.compensated_on_calibration(plan)
+        label = "static, asymmetric, scaled inputs, compensated weights"
+        encoder.row(label, plan, **online, elsewhere=encoder.cosine_elsewhere(plan))
 
 
 def keep_two(encoder: Encoder, plan: QuantizationPlan) -> list[str]:

@@ -11,6 +11,7 @@ from calib.cures.pairs import Consumer, Pair, Pairs
 from calib.cures.record import load_smoothing, save_smoothing, smoothing_record
 from calib.cures.result import Cured, CureOptions
 from calib.cures.rotate import OnlineRotation, Rotated
+from calib.cures.scale import OnlineScaling
 from calib.cures.search import find_cure
 from calib.cures.smooth import Smoothing, post_smoothing_amax, smoothing_scales
 from calib.cures.sweep import SmoothingSweep
@@ -23,6 +24,7 @@ __all__ = [
     "InputRotation",
     "OfflineRotation",
     "OnlineRotation",
+    "OnlineScaling",
     "Pair",
     "Pairs",
     "Rotated",

@@ -49,6 +49,7 @@ __all__ = ["find_cure"]
 _ALPHA, _STEP = 0.7, 0.1
 _SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
 _SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
+_HESSIAN_TOKENS = 16_384  # ten times the inputs of a layer of 1,536; error compensation takes all text up to that
 _WEIGHTS_SHARE = 0.25  # of the loss, below which a better rounding of weights is not worth its while
 _JUDGES_HELD = 3
 Say = Callable[[str], None]
@@ -301,7 +302,8 @@ class _Search:
     def _compensate(self, state: _State) -> list[_State]:
         """Weights rounded so that errors cancel over the inputs that were seen."""
         base = state.candidate
-        rows = self.blocks.select(range(min(2 * _SEARCH_ROWS, len(self.blocks)))).with_prefix(base.prefix_ids)
+        enough = -(-_HESSIAN_TOKENS // self.blocks.input_ids.shape[1])
+        rows = self.blocks.select(range(min(enough, len(self.blocks)))).with_prefix(base.prefix_ids)
         plan = base.planned(self.model)
         linear = [name for name in plan.weights if is_linear(self.model.get_submodule(name))]
         if not linear:

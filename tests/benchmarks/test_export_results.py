@@ -28,17 +28,38 @@ def test_results_are_not_stale(name: str) -> None:
         assert versions[package] == PINNED[package], f"{package} moved: run benchmarks/{name}.py again"
 
 
+def minilm_on(with_vnni: bool) -> list[dict[str, Any]]:
+    found = result("export_minilm")["processors"]
+    return [entry for name, entry in found.items() if name.endswith("with VNNI") == with_vnni]
+
+
 def test_minilm_runs_in_integers_and_equals_our_arithmetic() -> None:
-    found = result("export_minilm")
-    assert (found["onnxruntime"], found["openvino"]) == (PINNED["onnxruntime"], PINNED["openvino"])
-    for grid in ("symmetric", "asymmetric"):
-        assert found[f"compressed-tensors {grid}"]["largest_difference"] == 0
-        for runtime in ("onnxruntime", "openvino"):
-            one = found[f"onnx-qdq {grid}"][runtime]
-            assert one["integer_layers"] == one["layers"] == 36
-            assert all(ratio["low"] > 1.5 for ratio in one["cpu_time_of_float_over_quantized"].values())
-            assert one["layer_difference"] < 1e-6
-            assert one["model_difference"] < one["allowed"]
+    entries = minilm_on(with_vnni=True)
+    assert entries
+    for found in entries:
+        assert (found["onnxruntime"], found["openvino"]) == (PINNED["onnxruntime"], PINNED["openvino"])
+        for grid in ("symmetric", "asymmetric"):
+            assert found[f"compressed-tensors {grid}"]["largest_difference"] == 0
+            for runtime in ("onnxruntime", "openvino"):
+                one = found[f"onnx-qdq {grid}"][runtime]
+                assert one["integer_layers"] == one["layers"] == 36
+                assert all(ratio["low"] > 1.5 for ratio in one["cpu_time_of_float_over_quantized"].values())
+                assert one["layer_difference"] < 1e-6
+                assert one["model_difference"] < one["allowed"]
+
+
+def test_minilm_runs_in_integers_on_processors_that_add_in_16_bits() -> None:
+    for found in minilm_on(with_vnni=False):
+        assert (found["onnxruntime"], found["openvino"]) == (PINNED["onnxruntime"], PINNED["openvino"])
+        for form in ("symmetric", "asymmetric", "cured"):
+            for runtime in ("onnxruntime", "openvino"):
+                one = found[f"onnx-qdq {form}"][runtime]
+                assert one["integer_layers"] == one["layers"] == 36
+                assert one["saturating_layers"] > 0 or one["layer_difference"] < 1e-6
+        ours = {
+            form: found[f"onnx-qdq {form}"]["cosine_of_our_quantized_model"]["mean"] for form in ("asymmetric", "cured")
+        }
+        assert ours["cured"] > 0.998 > ours["asymmetric"]
 
 
 def test_vllm_holds_every_scale_and_its_layers_are_exact() -> None:
