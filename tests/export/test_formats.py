@@ -71,7 +71,7 @@ def test_every_format_names_its_consumers_and_what_proves_it() -> None:
         assert found.consumers
         assert found.proven
         assert found.summary
-        assert set(found.cures) <= {"smooth", "rotate", "keep", "clip", "compensate", "prefix"}
+        assert set(found.cures) <= {"smooth", "rotate", "scale", "keep", "clip", "compensate", "prefix"}
 
 
 def test_csv_has_a_row_for_every_name_and_reads_back_as_the_same_float32(llama: Lab, tmp_path: Path) -> None:
