@@ -12,7 +12,8 @@ from typing import Literal
 from torch import nn
 
 from calib.corpus import TokenBlocks
-from calib.cures.pairs import Pair, Pairs
+from calib.cures.offline import OfflineRotation
+from calib.cures.pairs import Pair
 from calib.cures.prefix import Prefix
 from calib.cures.record import smoothing_record
 from calib.cures.rotate import OnlineRotation
@@ -24,7 +25,7 @@ from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
 from calib.schema.scales import CureRecord
 
-__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "names_by_role", "role_of"]
+__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "role_of"]
 
 RowsOrTensor = Literal["per-row", "per-tensor"]
 CONVENTION: Literal["compressed-tensors"] = "compressed-tensors"
@@ -39,13 +40,14 @@ class Candidate:
     Attributes:
         bits: of activations and weights.
         symmetric: grid of activations.
-        measurement: of the uncured model behind the prefix: what smoothing is computed from.
+        measurement: of the model behind the prefix, rotated, but not smoothed: what smoothing is computed from.
         ranges: of the model with these cures: what scales are chosen from.
         weight_granularity: one weight scale per output row, or one for all.
         prefix: tokens in front of every sequence.
         resampled: blocks that `measurement` and `ranges` cover beside the given ones.
+        rotation: folded into weights.
         smoothing: folded into weights.
-        rotation: computed online.
+        input_rotation: computed online.
         plan: the quantized model; made of `ranges` if absent.
         kept: layers in float.
         compensated: whether the weights of `plan` are rounded with error compensation.
@@ -58,8 +60,9 @@ class Candidate:
     weight_granularity: RowsOrTensor = "per-row"
     prefix: Prefix | None = None
     resampled: TokenBlocks | None = None
+    rotation: OfflineRotation | None = None
     smoothing: Smoothing | None = None
-    rotation: OnlineRotation | None = None
+    input_rotation: OnlineRotation | None = None
     plan: QuantizationPlan | None = None
     kept: tuple[str, ...] = ()
     compensated: bool = False
@@ -72,14 +75,16 @@ class Candidate:
             parts.append(f"prefix {self.prefix.text!r}")
         if self.resampled is not None:
             parts.append("resample")
+        if self.rotation is not None:
+            parts.append("rotate")
         if self.smoothing is not None:
             alphas = dict(zip(map(role_of, self.smoothing.pairs), self.smoothing.alphas, strict=True))
             each = [f"{role} {alpha:g}" for role, alpha in alphas.items()]
             parts.append(
                 "smooth " + (f"{self.smoothing.alphas[0]:g}" if len(set(alphas.values())) == 1 else ", ".join(each))
             )
-        if self.rotation is not None:
-            parts.append("rotate")
+        if self.input_rotation is not None:
+            parts.append("rotate-online")
         if self.compensated:
             parts.append("compensate")
         if self.kept:
@@ -96,13 +101,17 @@ class Candidate:
         """Token ids in front of every sequence."""
         return () if self.prefix is None else self.prefix.token_ids
 
+    @property
+    def changes_model(self) -> bool:
+        """Whether the float model is another one: other weights, operations or first tokens."""
+        return any(cure is not None for cure in (self.prefix, self.rotation, self.smoothing, self.input_rotation))
+
     def apply(self, model: nn.Module) -> ExitStack:
         """Changes the model: still float, the same function. Closing the result changes it back."""
         with ExitStack() as stack:
-            if self.smoothing is not None:
-                stack.enter_context(self.smoothing.apply(model))
-            if self.rotation is not None:
-                stack.enter_context(self.rotation.apply(model))
+            for cure in (self.rotation, self.smoothing, self.input_rotation):
+                if cure is not None:
+                    stack.enter_context(cure.apply(model))
             return stack.pop_all()
 
     @contextmanager
@@ -128,10 +137,12 @@ class Candidate:
     def records(self) -> list[CureRecord]:
         """Entries of `cures` in scales.json."""
         found = [] if self.prefix is None else [self.prefix.record()]
-        if self.smoothing is not None:
-            found.append(smoothing_record(self.smoothing))
         if self.rotation is not None:
             found.append(self.rotation.record())
+        if self.smoothing is not None:
+            found.append(smoothing_record(self.smoothing))
+        if self.input_rotation is not None:
+            found.append(self.input_rotation.record())
         if self.compensated:
             summary = "weights rounded with error compensation (GPTQ), channels in the order of their energy"
             found.append(CureRecord(kind="compensate", summary=summary, settings={"order": "activation"}))
@@ -144,11 +155,3 @@ class Candidate:
 def role_of(pair: Pair) -> str:
     """What a pair does in its block: the name of its first consumer, without that of the block."""
     return re.sub(r"(?:^|.*\.)\d+\.", "", pair.consumers[0].module)
-
-
-def names_by_role(pairs: Pairs) -> dict[str, list[str]]:
-    """Names of pairs by what they do in a block: equal names but for the number of the block."""
-    found: dict[str, list[str]] = {}
-    for pair in pairs:
-        found.setdefault(role_of(pair), []).append(pair.name)
-    return found
