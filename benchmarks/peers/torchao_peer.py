@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchao's SmoothQuant over static INT8: one scale per activation tensor, one per weight row; its own INT8 execution."""
+"""torchao's SmoothQuant over static INT8, run by its own INT8 kernels: a scale per activation tensor and weight row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nll import run
 def quantize(model: Any, blocks: list[list[int]], settings: dict[str, Any]) -> Any:
     from torchao.prototype.smoothquant import SmoothQuantConfig
     from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
-    from torchao.quantization.quantize_.common import QuantizationStep
+    from torchao.quantization.quantize_.common.quantization_step import QuantizationStep
 
     def chosen(module: torch.nn.Module, name: str) -> bool:
         return isinstance(module, torch.nn.Linear) and name != "lm_head"
