@@ -12,6 +12,7 @@ from typing import Literal
 from torch import nn
 
 from calib.corpus import TokenBlocks
+from calib.cures.offline import OfflineRotation
 from calib.cures.pairs import Pair, Pairs
 from calib.cures.prefix import Prefix
 from calib.cures.ranges import scaled_ranges
@@ -27,7 +28,7 @@ from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
 from calib.schema.scales import CureRecord
 
-__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "names_by_role", "role_of"]
+__all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "role_of"]
 
 RowsOrTensor = Literal["per-row", "per-tensor"]
 CONVENTION: Convention = "compressed-tensors"
@@ -42,13 +43,14 @@ class Candidate:
     Attributes:
         bits: of activations and weights.
         symmetric: grid of activations.
-        measurement: of the uncured model behind the prefix: what smoothing is computed from.
+        measurement: of the model behind the prefix, rotated, but not smoothed: what smoothing is computed from.
         ranges: of the model with these cures: what scales are chosen from.
         weight_granularity: one weight scale per output row, or one for all.
         prefix: tokens in front of every sequence.
         resampled: blocks that `measurement` and `ranges` cover beside the given ones.
+        rotation: folded into weights.
         smoothing: folded into weights.
-        rotation: computed online.
+        input_rotation: computed online.
         scaling: computed online.
         plan: the quantized model; made of `ranges` if absent.
         kept: layers in float.
@@ -62,8 +64,9 @@ class Candidate:
     weight_granularity: RowsOrTensor = "per-row"
     prefix: Prefix | None = None
     resampled: TokenBlocks | None = None
+    rotation: OfflineRotation | None = None
     smoothing: Smoothing | None = None
-    rotation: OnlineRotation | None = None
+    input_rotation: OnlineRotation | None = None
     scaling: OnlineScaling | None = None
     plan: QuantizationPlan | None = None
     kept: tuple[str, ...] = ()
@@ -77,14 +80,16 @@ class Candidate:
             parts.append(f"prefix {self.prefix.text!r}")
         if self.resampled is not None:
             parts.append("resample")
+        if self.rotation is not None:
+            parts.append("rotate")
         if self.smoothing is not None:
             alphas = dict(zip(map(role_of, self.smoothing.pairs), self.smoothing.alphas, strict=True))
             each = [f"{role} {alpha:g}" for role, alpha in alphas.items()]
             parts.append(
                 "smooth " + (f"{self.smoothing.alphas[0]:g}" if len(set(alphas.values())) == 1 else ", ".join(each))
             )
-        if self.rotation is not None:
-            parts.append("rotate")
+        if self.input_rotation is not None:
+            parts.append("rotate-online")
         if self.scaling is not None:
             parts.append("scale")
         if self.compensated:
@@ -104,6 +109,17 @@ class Candidate:
         return () if self.prefix is None else self.prefix.token_ids
 
     @property
+    def changes_model(self) -> bool:
+        """Whether the float model is another one: other weights, operations or first tokens."""
+        return self.prefix is not None or bool(self._changes)
+
+    @property
+    def _changes(self) -> list[OfflineRotation | Smoothing | OnlineRotation | OnlineScaling]:
+        """In the order in which they act."""
+        cures = (self.rotation, self.smoothing, self.input_rotation, self.scaling)
+        return [cure for cure in cures if cure is not None]
+
+    @property
     def convention(self) -> Convention:
         """The grids of what will run: of a checkpoint, or of the graph where that alone can hold the cures."""
         return CONVENTION if self.scaling is None else "calib"
@@ -111,18 +127,14 @@ class Candidate:
     def apply(self, model: nn.Module) -> ExitStack:
         """Changes the model: still float, the same function. Closing the result changes it back."""
         with ExitStack() as stack:
-            if self.smoothing is not None:
-                stack.enter_context(self.smoothing.apply(model))
-            if self.rotation is not None:
-                stack.enter_context(self.rotation.apply(model))
-            if self.scaling is not None:
-                stack.enter_context(self.scaling.apply(model))
+            for cure in self._changes:
+                stack.enter_context(cure.apply(model))
             return stack.pop_all()
 
     def scaled(self, model: nn.Module, pairs: Pairs) -> Candidate | None:
         """The same with loud channels brought down in front of layers that no pair ends in and nothing rotates."""
         reached = {consumer.module for pair in pairs for consumer in pair.consumers}
-        reached |= set() if self.rotation is None else set(self.rotation.modules)
+        reached |= set() if self.input_rotation is None else set(self.input_rotation.modules)
         modules = {name.partition("#")[0] for name in self.planned(model).inputs} - reached
         scaling = OnlineScaling.find(model, self.ranges, modules, include_sink=self.prefix is None)
         if not scaling.factors:
@@ -152,10 +164,12 @@ class Candidate:
     def records(self) -> list[CureRecord]:
         """Entries of `cures` in scales.json."""
         found = [] if self.prefix is None else [self.prefix.record()]
-        if self.smoothing is not None:
-            found.append(smoothing_record(self.smoothing))
         if self.rotation is not None:
             found.append(self.rotation.record())
+        if self.smoothing is not None:
+            found.append(smoothing_record(self.smoothing))
+        if self.input_rotation is not None:
+            found.append(self.input_rotation.record())
         if self.scaling is not None:
             found.append(self.scaling.record())
         if self.compensated:
@@ -176,11 +190,3 @@ class Candidate:
 def role_of(pair: Pair) -> str:
     """What a pair does in its block: the name of its first consumer, without that of the block."""
     return re.sub(r"(?:^|.*\.)\d+\.", "", pair.consumers[0].module)
-
-
-def names_by_role(pairs: Pairs) -> dict[str, list[str]]:
-    """Names of pairs by what they do in a block: equal names but for the number of the block."""
-    found: dict[str, list[str]] = {}
-    for pair in pairs:
-        found.setdefault(role_of(pair), []).append(pair.name)
-    return found

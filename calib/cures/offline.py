@@ -17,10 +17,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from calib.cures.find import find_pairs
 from calib.cures.fold import Folded
 from calib.cures.input_rotation import on_columns
 from calib.cures.linear import matrix_of
-from calib.cures.pairs import Pairs
+from calib.cures.pairs import Pair, Pairs
 from calib.cures.residual import Reader, ResidualStream, find_residual
 from calib.cures.rotate import Rotated
 from calib.cures.rotation import Rotation
@@ -121,6 +122,31 @@ class OfflineRotation:
             rotated.revert()
             raise
         return rotated
+
+    @classmethod
+    def of_record(cls, model: nn.Module, record: CureRecord) -> Self:
+        """The rotation that `record` made an entry of.
+
+        Raises:
+            ModelError, UsageError: the model is not the one that the entry is of.
+        """
+        found = record.settings
+        rotation = cls.find(
+            model,
+            find_pairs(model),
+            residual=found["residual"] is True,
+            heads=bool(found["heads"]),
+            seed=int(str(found["signs_seed"])),
+            untie=found["untied"] is True,
+        )
+        if rotation.record() != record:
+            raise ModelError(f"{type(model).__name__}: can be rotated in another way than was recorded; quantize again")
+        return rotation
+
+    def mixes(self, pair: Pair) -> bool:
+        """Whether the channels of a pair of this model are mixed by it."""
+        norms = {reader.norm for reader in self.stream.readers} if self.stream is not None else set()
+        return pair.producer in norms or any(heads.pair.name == pair.name for heads in self.heads)
 
     def record(self) -> CureRecord:
         """An entry of `cures` in scales.json."""

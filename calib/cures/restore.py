@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from calib.cures.offline import OfflineRotation
 from calib.cures.record import load_smoothing, smoothing_record
 from calib.cures.rotate import OnlineRotation
 from calib.cures.scale import OnlineScaling
@@ -52,7 +53,7 @@ def restore_cures(opened: OpenedModel, scales: ScaleFile, folder: Path) -> Opene
                 raise ArtifactError(f"{folder / SMOOTHING_FILE}: is not the smoothing of these scales; quantize again")
             smoothing.apply(opened.model)
         elif record.kind == "rotate":
-            _rotation(record).apply(opened.model)
+            _rotation(opened, record).apply(opened.model)
         elif record.kind == "scale":
             OnlineScaling.of(opened.model, record).apply(opened.model)
     return cured
@@ -74,9 +75,11 @@ def rounded_weights(scales: ScaleFile, folder: Path) -> dict[str, QuantizedWeigh
     return load_rounded(path, digests) if digests and path.is_file() else None
 
 
-def _rotation(record: CureRecord) -> OnlineRotation:
+def _rotation(opened: OpenedModel, record: CureRecord) -> OnlineRotation | OfflineRotation:
     settings = record.settings
+    if settings.get("where") == "weights" and {"residual", "heads", "signs_seed", "untied"} <= settings.keys():
+        return OfflineRotation.of_record(opened.model, record)
     modules, block, seed = settings.get("modules"), settings.get("largest_block"), settings.get("signs_seed")
     if settings.get("where") != "input" or not isinstance(modules, list) or not isinstance(block, int):
-        raise ArtifactError("cure rotate: its record is of no rotation of inputs; quantize again")
+        raise ArtifactError("cure rotate: its record is of no rotation of weights or inputs; quantize again")
     return OnlineRotation(tuple(str(name) for name in modules), block, seed if isinstance(seed, int) else None)

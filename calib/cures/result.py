@@ -21,7 +21,8 @@ CURES: dict[str, str] = {
     "prefix": "tokens in front of every sequence that take the attention sink; the consumer must put them there",
     "resample": "ranges that also cover words which the model itself expects in the text; an ordinary checkpoint",
     "compensate": "weights rounded with error compensation (GPTQ); an ordinary checkpoint",
-    "rotate": "a rotation computed in front of layers behind a product; the consumer must compute it too",
+    "rotate": "the residual stream and values in another basis, in the weights; an ordinary checkpoint",
+    "rotate-online": "a rotation computed in front of layers behind a product; the consumer must compute it too",
     "scale": "loud channels brought down in front of layers that smoothing cannot reach; a graph can hold that",
     "keep": "the fewest layers left in float, by measured effect; an ignore list",
 }

@@ -98,5 +98,5 @@ def test_a_rotation_of_something_else_is_refused(case: Case, tmp_path: Path) -> 
     record = CureRecord(kind="rotate", summary="for a test", settings={"where": "residual"})
     provenance = opened.cured([record.model_dump_json()]).provenance
     scales = case.scales.model_copy(update={"cures": [record], "model": provenance})
-    with pytest.raises(ArtifactError, match="rotation of inputs"):
+    with pytest.raises(ArtifactError, match="rotation of weights or inputs"):
         restore_cures(opened, scales, tmp_path)

@@ -217,11 +217,11 @@ def test_a_candidate_scales_only_what_smoothing_and_rotation_do_not_reach(
     assert reached
     assert not reached & set(scaled.scaling.factors)
     rotation = OnlineRotation(("bert.encoder.layer.0.output.dense",))
-    beside = replace(plain, rotation=rotation).scaled(model, pairs)
+    beside = replace(plain, input_rotation=rotation).scaled(model, pairs)
     assert beside is not None
     assert beside.scaling is not None
     assert set(scaled.scaling.factors) - set(beside.scaling.factors) == {*rotation.modules}
-    assert (scaled.name, beside.name) == ("scale", "rotate + scale")
+    assert (scaled.name, beside.name) == ("scale", "rotate-online + scale")
     ids = torch.from_numpy(blocks.input_ids)
     expected = model(input_ids=ids).logits
     with beside.apply(model):

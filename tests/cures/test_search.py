@@ -190,18 +190,18 @@ def test_layers_are_kept_in_float_where_that_helps_most(
     assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
 
 
-def test_a_rotation_is_searched_only_on_request_and_says_what_a_consumer_must_do(
+def test_an_online_rotation_is_searched_only_on_request_and_says_what_a_consumer_must_do(
     opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
 ) -> None:
     before = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
-    options = CureOptions(cures=("rotate",), target=1.0)
+    options = CureOptions(cures=("rotate-online",), target=1.0)
     cured = find_cure(opened, measurement, blocks.select(range(8)), blocks.select(range(8, 12)), options)
     (record,) = cured.scales.cures
     assert (record.kind, record.needs) == ("rotate", "online-op")
     assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
     after = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
-    assert "rotate" not in CureOptions().cures
+    assert "rotate-online" not in CureOptions().cures
 
 
 def test_a_prefix_outside_of_the_vocabulary_is_refused(opened: OpenedModel, blocks: TokenBlocks) -> None:
