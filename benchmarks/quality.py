@@ -43,7 +43,7 @@ from calib.scales import choose_scales
 
 LENGTH = 512
 NAME = "quality"
-_CHOSEN = ("auto", "auto + rotate")
+_CHOSEN = ("auto", "auto + rotate-online")
 """Searches whose choice is judged on all blocks, and in other forms that it can be deployed in."""
 
 
@@ -143,12 +143,12 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
 
     searches = {
         "auto": CureOptions(target=1.0),
-        "auto + rotate": CureOptions(cures=(*CureOptions().cures, "rotate"), target=1.0),
+        "auto + rotate-online": CureOptions(cures=(*CureOptions().cures, "rotate-online"), target=1.0),
         "ordinary checkpoint, 3 kept": CureOptions(
             cures=("smooth", "resample", "compensate", "keep"), target=1.0, keep=3
         ),
-        "auto + rotate, weights per tensor": CureOptions(
-            cures=(*CureOptions().cures, "rotate"), target=1.0, weight_granularity="per-tensor"
+        "auto + rotate-online, weights per tensor": CureOptions(
+            cures=(*CureOptions().cures, "rotate-online"), target=1.0, weight_granularity="per-tensor"
         ),
     }
     for name, options in searches.items():

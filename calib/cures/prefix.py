@@ -9,6 +9,7 @@ computed once, in float, and kept as cached keys and values: no range need cover
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ __all__ = ["Prefix", "find_prefixes", "prefix_candidates"]
 _MARKS = (".", "\n", ",", ":", "(", "\n\n", " the", " and")
 """Marks and words that occur everywhere: models learn to use such tokens as sinks."""
 _FREQUENT = 12
-_PROBED = (3, 192)  # blocks and tokens of a probe: peaks behind the sink show within few tokens
+_PROBED = (3, 96)  # blocks and tokens of a probe: peaks behind the sink show within few tokens
+_SECOND = 0.5  # of the candidates, the better ones, that may also be the second token
 _GAIN = 0.05
 """Least fall of the mean log2 range: below it the model has no sink that a prefix takes."""
 
@@ -110,20 +112,21 @@ def find_prefixes(
     probe = blocks.select(range(min(rows, len(blocks)))).truncated(tokens)
     plain = _log2_range(opened, probe, ())
     found: list[Prefix] = []
-    beginnings: list[tuple[int, ...]] = [()]
-    total, done = most_tokens * len(tried), 0
+    beginning: tuple[int, ...] = ()
+    later = math.ceil(_SECOND * len(tried))
+    total, done = len(tried) + (most_tokens - 1) * later, 0
     for _ in range(most_tokens):
         scored = []
-        for beginning in beginnings:
-            for token in tried:
-                ids = (*beginning, token)
-                scored.append(Prefix(ids, _text(opened.tokenizer, ids), _log2_range(opened, probe, ids)))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+        for token in tried:
+            ids = (*beginning, token)
+            scored.append(Prefix(ids, _text(opened.tokenizer, ids), _log2_range(opened, probe, ids)))
+            done += 1
+            if progress is not None:
+                progress(done, total)
         scored.sort(key=lambda prefix: prefix.log2_range)
         found += scored[:keep]
-        beginnings = [scored[0].token_ids]
+        beginning = scored[0].token_ids
+        tried = [prefix.token_ids[-1] for prefix in scored[:later]]
     found = [prefix for prefix in found if prefix.log2_range < plain - _GAIN]
     return sorted(found, key=lambda prefix: prefix.log2_range)[:keep]
 

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ class Measurement:
         """Whether histograms are there, or ranges only."""
         return all(site.statistics.histogram is not None for site in self.sites.values())
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of what was measured: arrays, model and corpus. Equal runs have equal hashes."""
         digest = hashlib.sha256(self.model.fingerprint.encode() + self.corpus.content_sha256.encode())

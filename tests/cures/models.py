@@ -113,3 +113,17 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=tokens, **more).logits
     return result
+
+
+def loud_norms(model: Any) -> None:
+    """Makes channels of a Llama's norms a hundred times larger, and undoes that in what reads them."""
+    with torch.no_grad():
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for norm, readers in (
+                (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight[:3] *= 100
+                for reader in readers:
+                    reader.weight[:, :3] /= 100

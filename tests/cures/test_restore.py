@@ -11,9 +11,17 @@ import pytest
 import torch
 
 from calib.corpus import TokenBlocks, build_blocks
-from calib.cures import OnlineRotation, Smoothing, SmoothingSweep, find_pairs, save_smoothing, smoothing_record
+from calib.cures import (
+    OfflineRotation,
+    OnlineRotation,
+    Smoothing,
+    SmoothingSweep,
+    find_pairs,
+    save_smoothing,
+    smoothing_record,
+)
 from calib.cures.restore import SMOOTHING_FILE, restore_cures
-from calib.errors import ArtifactError
+from calib.errors import ArtifactError, ModelError
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.scales import choose_scales
@@ -66,6 +74,32 @@ def test_a_restored_model_is_the_cured_one_bit_by_bit(case: Case, tmp_path: Path
     assert all(torch.equal(value, case.weights[name]) for name, value in state.items())
     plain = fresh(case.folder).model.state_dict()
     assert not torch.equal(state["model.layers.0.mlp.down_proj.weight"], plain["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_a_model_with_rotated_weights_is_restored_bit_by_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    opened = fresh(tiny_llama)
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=4, max_length=32)
+    rotation = OfflineRotation.find(opened.model, find_pairs(opened.model), untie=True, seed=7)
+    rotation.apply(opened.model)
+    opened = opened.cured([rotation.record().model_dump_json()])
+    scales = choose_scales(measure(opened, blocks, MeasureOptions())).model_copy(update={"cures": [rotation.record()]})
+    restored = restore_cures(fresh(tiny_llama), scales, tmp_path)
+    state, expected = restored.model.state_dict(), opened.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert not restored.model.config.tie_word_embeddings
+
+
+def test_another_rotation_than_was_recorded_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    opened = fresh(tiny_llama)
+    record = OfflineRotation.find(opened.model, find_pairs(opened.model), untie=True).record()
+    record = record.model_copy(update={"settings": {**record.settings, "heads": ["model.layers.9.self_attn.v_proj"]}})
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=2, max_length=16)
+    provenance = opened.cured([record.model_dump_json()]).provenance
+    scales = choose_scales(measure(opened, blocks, MeasureOptions()))
+    scales = scales.model_copy(update={"cures": [record], "model": provenance})
+    with pytest.raises(ModelError, match="another way than was recorded"):
+        restore_cures(opened, scales, tmp_path)
 
 
 def test_scales_of_the_model_itself_change_nothing(case: Case, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from calib.evaluation.interval import Interval
 from calib.measurement import Measurement, MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel
+from tests.cures.models import loud_norms
 
 
 @pytest.fixture
@@ -188,6 +189,32 @@ def test_layers_are_kept_in_float_where_that_helps_most(
     assert all(str(name).endswith("down_proj") for name in kept)
     assert set(kept) <= set(cured.scales.ignore)
     assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
+
+
+def test_a_rotation_of_the_weights_takes_apart_what_norms_make_loud(opened: OpenedModel, blocks: TokenBlocks) -> None:
+    loud_norms(opened.model)
+    few, rows = blocks.select(range(8)), torch.from_numpy(blocks.input_ids[:2])
+    measurement = measure(opened, few, MeasureOptions(batch_size=4))
+    before = opened.model(input_ids=rows).logits.detach()
+    cured = find_cure(opened, measurement, few, blocks.select(range(8, 12)), CureOptions(cures=("rotate",), target=1.0))
+    assert [row.name for row in cured.rows] == ["none", "rotate", "rotate"]
+    assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value / 3
+    after = opened.model(input_ids=rows).logits.detach()
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)  # the float function is kept
+    (record,) = cured.scales.cures
+    assert (record.kind, record.needs, record.settings["untied"]) == ("rotate", "nothing", True)
+
+
+def test_behind_a_rotation_only_what_it_leaves_is_smoothed(opened: OpenedModel, blocks: TokenBlocks) -> None:
+    loud_norms(opened.model)
+    spiked(opened)
+    few = blocks.select(range(8))
+    measurement = measure(opened, few, MeasureOptions(batch_size=4))
+    options = CureOptions(cures=("smooth", "rotate"), target=1.0)
+    cured = find_cure(opened, measurement, few, blocks.select(range(8, 12)), options)
+    (rotated,) = [row.candidate for row in cured.rows[:-1] if row.candidate.rotation is not None]
+    assert rotated.smoothing is not None
+    assert [p.producer.rpartition(".")[2] for p in rotated.smoothing.pairs] == ["up_proj"] * 3
 
 
 def test_an_online_rotation_is_searched_only_on_request_and_says_what_a_consumer_must_do(
