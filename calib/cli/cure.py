@@ -38,7 +38,8 @@ def cure_options(function: Any) -> Any:
             "--cure",
             default="none",
             show_default=True,
-            help="none; auto (smooth,prefix,resample,compensate); or a list of these, rotate, rotate-online, scale, keep.",
+            help="none; auto (smooth,prefix,resample,compensate); or a list of these, rotate, rotate-online, scale "
+            "and keep.",
         ),
     ):
         function = option(function)
