@@ -15,9 +15,11 @@ from calib.errors import UsageError
 from calib.sites import Port, Selection, find_ports
 from calib.sites.structure import is_projection
 
-__all__ = ["PeakTerm", "kurtosis", "l4", "peak", "weight_range"]
+__all__ = ["PeakTerm", "kurtosis", "l4", "peak", "peak_to_mean", "weight_range"]
 
-_KINDS = {"peak": ("linear_input", "residual"), "kurtosis": ("linear_input", "residual"), "l4": ("residual",)}
+# what projections read, the residual stream, and what the two halves of a block add to it
+_STREAM = ("linear_input", "residual", "attention_output", "mlp_output")
+_KINDS = {"peak_to_mean": _STREAM, "peak": _STREAM, "kurtosis": _STREAM, "l4": ("residual",)}
 _TAU = 3.0
 _FLOOR = 1e-12
 
@@ -25,6 +27,15 @@ _FLOOR = 1e-12
 def peak(x: Tensor) -> Tensor:
     """max|x| / rms(x) of a tensor of any shape; the gradient of the maximum is shared among equal values."""
     return x.abs().amax() / x.square().mean().clamp(min=_FLOOR).sqrt()
+
+
+def peak_to_mean(x: Tensor) -> Tensor:
+    """max|x| / mean|x| of a tensor of any shape: at least max|x| / rms(x), and steep where that is flat.
+
+    A value M among n of size s has M / rms <= sqrt(n); once M >> s sqrt(n) it makes up the rms itself, and the gradient
+    of ln(M / rms) by ln M falls to n s^2 / M^2. That of ln(M / mean) is n s / (n s + M): still 1/2 at M = n s.
+    """
+    return x.abs().amax() / x.abs().mean().clamp(min=_FLOOR)
 
 
 def kurtosis(x: Tensor) -> Tensor:
@@ -48,7 +59,12 @@ def weight_range(model: nn.Module) -> Tensor:
     return torch.stack(maxima).mean()
 
 
-_OF_SITE: dict[str, Callable[[Tensor], Tensor]] = {"peak": peak, "kurtosis": kurtosis, "l4": l4}
+_OF_SITE: dict[str, Callable[[Tensor], Tensor]] = {
+    "peak_to_mean": peak_to_mean,
+    "peak": peak,
+    "kurtosis": kurtosis,
+    "l4": l4,
+}
 
 
 class PeakTerm:
