@@ -85,11 +85,11 @@ class Student:
 CHOSEN = Student()
 ARMS = {
     "plain": CHOSEN,
-    "friendly": replace(CHOSEN, share=0.2),
+    "friendly": replace(CHOSEN, share=0.5),
     "plain, MCMI teacher": replace(CHOSEN, teacher=0.25),
     "plain, control teacher": replace(CHOSEN, teacher=0.0),
 }
-TRIALS = [CHOSEN, *(replace(CHOSEN, share=share) for share in (0.2, 0.5))]
+TRIALS = [CHOSEN, *(replace(CHOSEN, share=share) for share in (0.5,))]
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from calib.sites.structure import is_projection
 
 __all__ = ["PeakTerm", "kurtosis", "l4", "peak", "peak_to_mean", "weight_range"]
 
-# what projections read, the residual stream, and what the two halves of a block add to it
-_STREAM = ("linear_input", "residual", "attention_output", "mlp_output")
-_KINDS = {"peak_to_mean": _STREAM, "peak": _STREAM, "kurtosis": _STREAM, "l4": ("residual",)}
+# what projections read and write, the residual stream, and what the two halves of a block add to it: a peak that is
+# held down in some of them only comes back in the others
+_ROUNDED = ("linear_input", "linear_output", "residual", "attention_output", "mlp_output")
+_KINDS = {"peak_to_mean": _ROUNDED, "peak": _ROUNDED, "kurtosis": _ROUNDED, "l4": ("residual",)}
 _TAU = 3.0
 _FLOOR = 1e-12
 

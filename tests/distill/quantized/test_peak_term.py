@@ -51,7 +51,7 @@ def test_the_gradient_by_a_value_that_makes_up_the_rms_vanishes_for_peak_and_not
     assert slopes[peak_to_mean] > 40 * slopes[peak]
 
 
-def test_what_the_halves_of_a_block_add_is_among_the_default_sites(minilm_like: Path) -> None:
+def test_what_projections_read_and_write_is_among_the_default_sites(minilm_like: Path) -> None:
     from calib.models import open_model
 
     model = open_model(minilm_like, task="feature-extraction", device="cpu").model
@@ -60,6 +60,8 @@ def test_what_the_halves_of_a_block_add_is_among_the_default_sites(minilm_like: 
         for layer in range(2):
             assert f"encoder.layer.{layer}.output.dense:output" in names
             assert f"encoder.layer.{layer}.attention.output.dense:output" in names
+            assert f"encoder.layer.{layer}.intermediate.dense:output" in names
+            assert f"encoder.layer.{layer}.attention.output.LayerNorm:input" in names  # the sum, in mid-block
 
 
 def test_an_outlier_of_a_feed_forward_half_is_taken_down(minilm_like: Path) -> None:
