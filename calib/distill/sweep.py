@@ -56,10 +56,10 @@ def sweep_strength(
     """Fine-tunes a copy of `model` for lambda = 0 and each of `strengths`, and picks one on `validation`.
 
     By default the score is log-likelihood + CMI on the validation split, both in nats: CMI is taken as long as it costs
-    less than itself. CMI alone is no measure there: an over-fitted teacher has its largest held-out CMI where its errors
-    are surest, and one that is not pays any log-likelihood for it. Teachers whose accuracy is more than one point below
-    the control's are left out. A `score` of your own, for example the validation accuracy of a small student, replaces
-    all of that. If nothing beats the control, lambda is 0.
+    less than itself. CMI alone is no measure there: the held-out CMI of an over-fitted teacher need not rise with
+    lambda, and one that is not over-fitted pays any log-likelihood for it. Teachers whose accuracy is more than one
+    point below the control's are left out. A `score` of your own, for example the validation accuracy of a small
+    student, replaces all of that. If nothing beats the control, lambda is 0.
 
     Args:
         model: the trained teacher; unchanged.
