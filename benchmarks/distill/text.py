@@ -63,6 +63,7 @@ from calib.export.onnx_graph import float_graph, save_onnx
 from calib.export.onnx_lint import session
 
 NAME, CALIBRATION, CHOOSING_SEED = "distill_text", 128, 100
+SITES = ("linear_input", "linear_output", "residual", "attention_output", "mlp_output")
 FAKE = FakeQuantization(weight_bits=8, activation_bits=8, step="lsq")
 
 
@@ -98,10 +99,15 @@ def main() -> None:
     parser.add_argument("part", choices=["choose", "train", "speed"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["plain", "friendly"])
+    parser.add_argument("--finished", action="store_true", help="report what is finished and train nothing")
     given = parser.parse_args()
     held = json.loads((RESULTS / f"{NAME}.json").read_text()) if (RESULTS / f"{NAME}.json").exists() else {}
     kept = {key: held[key] for key in ("choose", "train", "speed") if key in held}
-    parts = {"choose": choose, "train": lambda: train(given.seeds, given.arms), "speed": lambda: iter([speed()])}
+    parts = {
+        "choose": choose,
+        "train": lambda: train(given.seeds, given.arms, given.finished),
+        "speed": lambda: iter([speed()]),
+    }
     for found in parts[given.part]():
         write(NAME, {**kept, given.part: found})
 
@@ -123,8 +129,8 @@ def choose() -> Iterator[dict[str, Any]]:
         }
 
 
-def train(seeds: int, arms: list[str]) -> Iterator[dict[str, Any]]:
-    """What is known after each seed."""
+def train(seeds: int, arms: list[str], only_finished: bool) -> Iterator[dict[str, Any]]:
+    """What is known after each seed; of finished students only, if so wanted."""
     data = text_data()
     rows: list[dict[str, Any]] = []
     _, about = teacher()
@@ -154,20 +160,27 @@ def train(seeds: int, arms: list[str]) -> Iterator[dict[str, Any]]:
             "arms": {arm: asdict(ARMS[arm]) for arm in arms},
             "targets": {"int8_within_points_of_teacher": 1, "peak_ratio": 5, "int8_drop_points": 0.2},
             "interval": "95 % (Student's t); seeds change head and order, teacher and test data are the same",
-            "compared": {arm: compared(rows, arm, about["test"]["accuracy"]) for arm in arms},
+            "compared": {
+                arm: compared(rows, arm, about["test"]["accuracy"])
+                for arm in arms
+                if any(row["arm"] == arm for row in rows)
+            },
             "rows": rows,
         }
 
 
 def finished_student(how: Student, seed: int, judge: Records, *, graph: bool = False) -> dict[str, Any]:
     """The row of a student, trained now if it is not there."""
+    return FinishedRuns(NAME).of(key_of(how, seed, judge), lambda: one_student(how, seed, judge, graph=graph))
+
+
+def key_of(how: Student, seed: int, judge: Records) -> dict[str, Any]:
     key = {"how": asdict(how), "fake": str(FAKE), "peaks": str(peaks_of(how)), "seed": seed, "judge": judge.source}
-    key |= {"samples": [len(text_data().train), len(judge)], "teacher": teacher(how.teacher)[1]}
-    return FinishedRuns(NAME).of(key, lambda: one_student(how, seed, judge, graph=graph))
+    return key | {"samples": [len(text_data().train), len(judge)], "teacher": teacher(how.teacher)[1]}
 
 
 def peaks_of(how: Student) -> PeakControl | None:
-    return PeakControl("peak_to_mean", how.share) if how.share else None
+    return PeakControl("peak_to_mean", how.share, SITES) if how.share else None
 
 
 def made_student(how: Student, seed: int) -> Classifier:

@@ -17,8 +17,8 @@ from calib.sites.structure import is_projection
 
 __all__ = ["PeakTerm", "kurtosis", "l4", "peak", "peak_to_mean", "weight_range"]
 
-# what projections read and write, the residual stream, and what the two halves of a block add to it: a peak that is
-# held down in some of them only comes back in the others
+# what projections read, the residual stream, and in blocks also what projections write: a peak that is held down in
+# some of them only comes back in the others. Logits, which nothing rounds, are written outside of blocks.
 _ROUNDED = ("linear_input", "linear_output", "residual", "attention_output", "mlp_output")
 _KINDS = {"peak_to_mean": _ROUNDED, "peak": _ROUNDED, "kurtosis": _ROUNDED, "l4": ("residual",)}
 _TAU = 3.0
@@ -155,7 +155,8 @@ def _selected(model: nn.Module, control: PeakControl) -> Iterable[Port]:
         selection.check(ports)
         found = [port for port in ports if selection.keeps([port.name], port.kind)]
     else:
-        found = [port for port in ports if port.kind in _KINDS[control.term]]
+        kinds = _KINDS[control.term]
+        found = [p for p in ports if p.kind in kinds and (p.kind != "linear_output" or p.layer is not None)]
     if not found:
         raise UsageError(
             f"peak term {control.term}: {type(model).__name__} has no {' or '.join(_KINDS[control.term])}; "

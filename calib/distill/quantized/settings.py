@@ -53,8 +53,8 @@ class PeakControl:
             mean((A / 3)^4) of the residual stream, mean over sites (TWEO, arXiv 2511.23225). ``range``: max|W|, mean
             over the weights of projections (R2 loss, Kundu et al. 2023, arXiv 2303.08253).
         share: of the loss. The weight follows from it in each step, so that it needs no tuning as the loss falls.
-        sites: patterns as of `calib measure --sites`; by default inputs and outputs of projections, outputs of
-            attention and of feed-forward halves, and the residual stream; for ``l4`` the residual stream.
+        sites: patterns as of `calib measure --sites`; by default inputs of projections, the residual stream, and
+            in blocks also what projections, attention and feed-forward halves write; for ``l4`` the residual stream.
     """
 
     term: PeakTermName = "peak_to_mean"

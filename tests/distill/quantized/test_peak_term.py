@@ -97,6 +97,14 @@ def test_an_outlier_of_a_feed_forward_half_is_taken_down(minilm_like: Path) -> N
     assert float(peak(seen[-1])) < 0.5 * before
 
 
+def test_logits_are_not_among_the_default_sites() -> None:
+    for network, head in (("vit_micro", "head"), ("resnet8", "fc")):
+        model = make_network(network, 10, channels=1, size=28)
+        names = {port.name for port in PeakTerm(model, PeakControl()).ports}
+        assert f"{head}:input" in names
+        assert f"{head}:output" not in names
+
+
 @pytest.mark.parametrize("name", ["peak_to_mean", "peak", "kurtosis", "l4", "range"])
 def test_descending_along_a_term_lowers_it(name: str) -> None:
     torch.manual_seed(0)
