@@ -134,8 +134,13 @@ def train(seeds: int, arms: list[str], only_finished: bool) -> Iterator[dict[str
     data = text_data()
     rows: list[dict[str, Any]] = []
     _, about = teacher()
+    finished = FinishedRuns(NAME)
     for seed in range(seeds):
-        rows += [{"arm": arm, "seed": seed, **finished_student(ARMS[arm], seed, data.test, graph=True)} for arm in arms]
+        rows += [
+            {"arm": arm, "seed": seed, **finished_student(ARMS[arm], seed, data.test, graph=True)}
+            for arm in arms
+            if not only_finished or finished.knows(key_of(ARMS[arm], seed, data.test))
+        ]
         yield {
             "data": {
                 "source": "Reuters-R8",
