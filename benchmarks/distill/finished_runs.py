@@ -26,6 +26,10 @@ class FinishedRuns:
                 continue
             self.rows[record["key"]] = record["row"]
 
+    def knows(self, key: dict[str, Any]) -> bool:
+        """Whether the row of a key is there."""
+        return json.dumps(key, sort_keys=True) in self.rows
+
     def of(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of a key, run now if it is not there."""
         text = json.dumps(key, sort_keys=True)

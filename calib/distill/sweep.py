@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from calib.distill.information import InformationSummary
 from calib.distill.teacher import TeacherRun, TeacherSettings, fine_tune
 from calib.errors import UsageError
 
@@ -54,9 +55,11 @@ def sweep_strength(
 ) -> SweepResult:
     """Fine-tunes a copy of `model` for lambda = 0 and each of `strengths`, and picks one on `validation`.
 
-    By default the score is the CMI on the validation split, among the teachers whose accuracy there is at most one
-    point below the control's: a teacher that lost accuracy has bought its CMI with errors. A `score` of your own, for
-    example the validation accuracy of a small student, replaces that. If nothing beats the control, lambda is 0.
+    By default the score is log-likelihood + CMI on the validation split, both in nats: CMI is taken as long as it costs
+    less than itself. CMI alone is no measure there: the held-out CMI of an over-fitted teacher need not rise with
+    lambda, and one that is not over-fitted pays any log-likelihood for it. Teachers whose accuracy is more than one
+    point below the control's are left out. A `score` of your own, for example the validation accuracy of a small
+    student, replaces all of that. If nothing beats the control, lambda is 0.
 
     Args:
         model: the trained teacher; unchanged.
@@ -79,7 +82,7 @@ def sweep_strength(
     control = fine_tune(control_model, train, replace(settings, strength=0.0), validation=validation, **options)
     assert control.validation is not None
     floor = control.validation.accuracy - ACCURACY_TOLERANCE
-    best = SweepPoint(0.0, control, control.validation.cmi if score is None else score(control_model))
+    best = SweepPoint(0.0, control, _worth(control.validation) if score is None else score(control_model))
     points.append(best)
     for strength in tried:
         candidate = copy.deepcopy(model)
@@ -89,8 +92,12 @@ def sweep_strength(
         if run.stopped is None and score is not None:
             value = score(candidate)
         elif run.stopped is None and run.validation.accuracy >= floor:
-            value = run.validation.cmi
+            value = _worth(run.validation)
         points.append(SweepPoint(strength, run, value))
         if value is not None and best.score is not None and value > best.score:
             best, chosen = points[-1], candidate
     return SweepResult(best.strength, chosen, control_model, points)
+
+
+def _worth(validation: InformationSummary) -> float:
+    return validation.log_likelihood + validation.cmi

@@ -155,9 +155,9 @@ class FakeQuantizationRecipe(Strict):
 class PeakRecipe(Strict):
     """A term against values that stand out."""
 
-    term: Literal["peak", "kurtosis", "l4", "range"] = "peak"
+    term: Literal["peak_to_mean", "peak", "kurtosis", "l4", "range"] = "peak_to_mean"
     share: float = Field(default=0.03, gt=0, lt=1, description="Of the loss; its weight follows from it")
-    sites: list[str] = Field(default=[], description="Patterns; by default inputs of projections and residuals")
+    sites: list[str] = Field(default=[], description="Patterns; by default see PeakControl")
 
 
 class QuantizationRecipe(Strict):

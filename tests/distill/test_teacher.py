@@ -109,6 +109,11 @@ def test_the_sweep_picks_on_validation_and_keeps_the_control(mixture: Any) -> No
     assert [point.strength for point in result.points] == [0.0, 0.25, 0.5]
     scores = {point.strength: point.score for point in result.points if point.score is not None}
     assert result.strength == max(scores, key=lambda s: scores[s])
+    floor = result.control.run.validation.accuracy - 0.01
+    for point in result.points:
+        validation = point.run.validation
+        assert (point.score is None) == (validation.accuracy < floor)
+        assert point.score in (None, pytest.approx(validation.log_likelihood + validation.cmi))
     assert all(torch.equal(before[k], v) for k, v in mixture.teacher.state_dict().items())
     own = sweep_strength(
         mixture.teacher, mixture.loader(), mixture.loader("validation"), [0.25, 0.5], settings, score=lambda m: 1.0

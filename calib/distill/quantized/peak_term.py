@@ -15,9 +15,12 @@ from calib.errors import UsageError
 from calib.sites import Port, Selection, find_ports
 from calib.sites.structure import is_projection
 
-__all__ = ["PeakTerm", "kurtosis", "l4", "peak", "weight_range"]
+__all__ = ["PeakTerm", "kurtosis", "l4", "peak", "peak_to_mean", "weight_range"]
 
-_KINDS = {"peak": ("linear_input", "residual"), "kurtosis": ("linear_input", "residual"), "l4": ("residual",)}
+# what projections read, the residual stream, and in blocks also what projections write: a peak that is held down in
+# some of them only comes back in the others. Logits, which nothing rounds, are written outside of blocks.
+_ROUNDED = ("linear_input", "linear_output", "residual", "attention_output", "mlp_output")
+_KINDS = {"peak_to_mean": _ROUNDED, "peak": _ROUNDED, "kurtosis": _ROUNDED, "l4": ("residual",)}
 _TAU = 3.0
 _FLOOR = 1e-12
 
@@ -25,6 +28,15 @@ _FLOOR = 1e-12
 def peak(x: Tensor) -> Tensor:
     """max|x| / rms(x) of a tensor of any shape; the gradient of the maximum is shared among equal values."""
     return x.abs().amax() / x.square().mean().clamp(min=_FLOOR).sqrt()
+
+
+def peak_to_mean(x: Tensor) -> Tensor:
+    """max|x| / mean|x| of a tensor of any shape: at least max|x| / rms(x), and steep where that is flat.
+
+    A value M among n of size s has M / rms <= sqrt(n); once M >> s sqrt(n) it makes up the rms itself, and the gradient
+    of ln(M / rms) by ln M falls to n s^2 / M^2. That of ln(M / mean) is n s / (n s + M): still 1/2 at M = n s.
+    """
+    return x.abs().amax() / x.abs().mean().clamp(min=_FLOOR)
 
 
 def kurtosis(x: Tensor) -> Tensor:
@@ -48,7 +60,12 @@ def weight_range(model: nn.Module) -> Tensor:
     return torch.stack(maxima).mean()
 
 
-_OF_SITE: dict[str, Callable[[Tensor], Tensor]] = {"peak": peak, "kurtosis": kurtosis, "l4": l4}
+_OF_SITE: dict[str, Callable[[Tensor], Tensor]] = {
+    "peak_to_mean": peak_to_mean,
+    "peak": peak,
+    "kurtosis": kurtosis,
+    "l4": l4,
+}
 
 
 class PeakTerm:
@@ -138,7 +155,8 @@ def _selected(model: nn.Module, control: PeakControl) -> Iterable[Port]:
         selection.check(ports)
         found = [port for port in ports if selection.keeps([port.name], port.kind)]
     else:
-        found = [port for port in ports if port.kind in _KINDS[control.term]]
+        kinds = _KINDS[control.term]
+        found = [p for p in ports if p.kind in kinds and (p.kind != "linear_output" or p.layer is not None)]
     if not found:
         raise UsageError(
             f"peak term {control.term}: {type(model).__name__} has no {' or '.join(_KINDS[control.term])}; "

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from calib.errors import UsageError
 
 __all__ = ["FakeQuantization", "PeakControl", "PeakTermName"]
 
-PeakTermName = Literal["peak", "kurtosis", "l4", "range"]
+PeakTermName = Literal["peak_to_mean", "peak", "kurtosis", "l4", "range"]
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,23 @@ class PeakControl:
     """A term of the loss against values that stand out.
 
     Attributes:
-        term: ``peak``: max|A| / rms(A), mean over sites. ``kurtosis``: mean(A^4) / mean(A^2)^2 of activations, mean
-            over sites (Nrusimha et al. 2024, arXiv 2404.03605, who train on layer outputs). ``l4``: mean((A / 3)^4) of
-            the residual stream, mean over sites (TWEO, arXiv 2511.23225). ``range``: max|W|, mean over the weights of
-            projections (R2 loss, Kundu et al. 2023, arXiv 2303.08253).
+        term: ``peak_to_mean``: max|A| / mean|A|, mean over sites. ``peak``: max|A| / rms(A), mean over sites, whose
+            gradient vanishes where one value makes up the rms. ``kurtosis``: mean(A^4) / mean(A^2)^2 of activations,
+            mean over sites (Nrusimha et al. 2024, arXiv 2404.03605, who train on layer outputs). ``l4``:
+            mean((A / 3)^4) of the residual stream, mean over sites (TWEO, arXiv 2511.23225). ``range``: max|W|, mean
+            over the weights of projections (R2 loss, Kundu et al. 2023, arXiv 2303.08253).
         share: of the loss. The weight follows from it in each step, so that it needs no tuning as the loss falls.
-        sites: patterns as of `calib measure --sites`; by default inputs of projections and the residual stream, for
-            ``l4`` the residual stream.
+        sites: patterns as of `calib measure --sites`; by default inputs of projections, the residual stream, and
+            in blocks also what projections, attention and feed-forward halves write; for ``l4`` the residual stream.
     """
 
-    term: PeakTermName = "peak"
+    term: PeakTermName = "peak_to_mean"
     share: float = 0.03
     sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.term not in ("peak", "kurtosis", "l4", "range"):
-            raise UsageError(f"peak term {self.term!r}: unknown; choose peak, kurtosis, l4 or range")
+        if self.term not in (known := get_args(PeakTermName)):
+            raise UsageError(f"peak term {self.term!r}: unknown; choose one of {', '.join(known)}")
         if not 0 < self.share < 1:
             raise UsageError(f"share {self.share} of the peak term: not between 0 and 1; pass for example 0.03")
         if self.sites and self.term == "range":
