@@ -7,6 +7,7 @@ Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for t
 (48 x 512 for what `auto` chooses, 24 for the rows beside it; the first 12 of them to compare with older figures).
 Perplexity over positions 1..511, float32. All linear layers but the head; activations per tensor, static unless said;
 weights per output row, unless said.
+Other programs run on the same tokens (peer_rows.py), those that are installed.
 Rows are written as they come, and not computed again (--fresh does).
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 from assets import fetch
 from numpy.typing import NDArray
+from peer_rows import peer_results
 from results_file import RESULTS, write
 
 from calib.corpus import TokenBlocks, build_blocks
@@ -73,7 +75,7 @@ class Table:
                      "searches": self.searches, "rows": self.rows})  # fmt: skip
 
 
-def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
+def main() -> None:  # noqa: C901, PLR0915 - one table, from top to bottom
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=48)
     parser.add_argument("--few", type=int, default=24, help="blocks of the rows beside the chosen ones")
@@ -112,8 +114,11 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         reference = reference_of(prefix)[:count]
         with context():
             nll = reference if context is nullcontext else score_tokens(of, evaluation[:count], prefix=prefix).nll
-        row: dict[str, Any] = {"prefix": list(prefix)}
-        for blocks in (12, count):
+        add(name, nll, reference, prefix=list(prefix), seconds=round(time.perf_counter() - begin, 1))
+
+    def add(name: str, nll: NDArray[np.float64], reference: NDArray[np.float64], **more: object) -> None:
+        row: dict[str, Any] = dict(more)
+        for blocks in (12, len(nll)):
             ratio = perplexity_ratio(nll[:blocks], reference[:blocks])
             row[f"blocks_{blocks}"] = {
                 "perplexity": round(float(np.exp(nll[:blocks].mean())), 4),
@@ -122,7 +127,6 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
                 "low": round(ratio.low, 5),
                 "high": round(ratio.high, 5),
             }
-        row["seconds"] = round(time.perf_counter() - begin, 1)
         table.rows[name] = row
         table.save()
         print(name, row, flush=True)
@@ -145,10 +149,10 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
         "auto": CureOptions(target=1.0),
         "auto + rotate-online": CureOptions(cures=(*CureOptions().cures, "rotate-online"), target=1.0),
         "ordinary checkpoint, 3 kept": CureOptions(
-            cures=("smooth", "resample", "compensate", "keep"), target=1.0, keep=3
+            cures=("smooth", "rotate", "compensate", "keep"), target=1.0, keep=3
         ),
-        "auto + rotate-online, weights per tensor": CureOptions(
-            cures=(*CureOptions().cures, "rotate-online"), target=1.0, weight_granularity="per-tensor"
+        "auto + resample + rotate-online, weights per tensor": CureOptions(
+            cures=(*CureOptions().cures, "resample", "rotate-online"), target=1.0, weight_granularity="per-tensor"
         ),
     }
     for name, options in searches.items():
@@ -186,6 +190,9 @@ def main() -> None:  # noqa: PLR0915 - one table, from top to bottom
             ],
         }  # fmt: skip
         table.save()
+    few, plain = evaluation[: arguments.few], reference_of(())[: arguments.few]
+    for peer in peer_results(opened, calibration.input_ids, few, arguments.work, set(table.rows)):
+        add(peer.name, peer.nll, plain, prefix=[], version=peer.version, seconds=peer.seconds)
 
 
 def _as_deployed(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:

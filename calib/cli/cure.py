@@ -38,7 +38,7 @@ def cure_options(function: Any) -> Any:
             "--cure",
             default="none",
             show_default=True,
-            help="none; auto (smooth,prefix,resample,compensate); or a list of these, rotate, rotate-online, scale "
+            help="none; auto (smooth,prefix,rotate,compensate); or a list of these, resample, rotate-online, scale "
             "and keep.",
         ),
     ):

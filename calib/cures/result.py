@@ -42,7 +42,7 @@ class CureOptions:
         batch_size: blocks of a forward pass.
     """
 
-    cures: tuple[str, ...] = ("smooth", "prefix", "resample", "compensate")
+    cures: tuple[str, ...] = ("smooth", "prefix", "rotate", "compensate")
     target: float = 1.01
     bits: int = 8
     symmetric: bool = True

@@ -30,6 +30,7 @@ from calib.statistics.observation import REST
 __all__ = ["RUNGS"]
 
 _ALPHA, _STEP = 0.7, 0.1
+_ALPHA_ROTATED = 0.5  # in front of a rotation, which spreads what is left over all channels
 _KEEP_SHORTLIST = 6
 _HESSIAN_TOKENS = 16_384  # ten times the inputs of a layer of 1,536; error compensation takes all text up to that
 _WEIGHTS_SHARE = 0.25  # of the loss, below which a better rounding of weights is not worth its while
@@ -89,22 +90,22 @@ def rotate_online(trials: Trials, best: Trial) -> list[Trial]:
     except UsageError as error:
         trials.skipped["rotate-online"] = str(error)
         return []
-    modules = set(rotation.modules)
     base, smoothing = best.candidate, best.candidate.smoothing
-    tried = []
-    for alpha in (None,) if smoothing is None else (0.5, 0.7):
-        one = base
-        if alpha is not None and smoothing is not None:
-            alphas = {
-                p.name: alpha if {c.module for c in p.consumers} <= modules else a
-                for p, a in zip(smoothing.pairs, smoothing.alphas, strict=True)
-            }
-            one = _smoothed(trials, base, alphas)
-        rotated = replace(one, input_rotation=rotation)
-        with rotated.apply(trials.model):
-            ranges = trials.measure(rotated, trials.few, sites=["linear_input"])
-        tried.append(trials.attempt(replace(rotated, ranges=ranges)))
-    return [min(tried, key=_worth)]
+
+    def rotated(one: Candidate) -> Candidate:
+        turned = replace(one, input_rotation=rotation)
+        with turned.apply(trials.model):
+            return replace(turned, ranges=trials.measure(turned, trials.few, sites=["linear_input"]))
+
+    if smoothing is None:
+        return [trials.attempt(rotated(base))]
+    ends = {p.name: {c.module for c in p.consumers} <= set(rotation.modules) for p in smoothing.pairs}
+
+    def at(alpha: float, rival: Trial | None) -> Trial:
+        alphas = {name: alpha if ends[name] else a for name, a in zip(ends, smoothing.alphas, strict=True)}
+        return trials.attempt(rotated(_smoothed(trials, base, alphas)), rival)
+
+    return [_walk(at, _ALPHA_ROTATED)]
 
 
 def scale(trials: Trials, best: Trial) -> list[Trial]:
@@ -205,19 +206,29 @@ def _pairs_left(trials: Trials, base: Candidate) -> list[Pair]:
 
 
 def _best_alpha(trials: Trials, base: Candidate, start: float, rival: Trial | None = None) -> Trial:
+    """The best single alpha near the start."""
+    return _walk(lambda alpha, other: trials.attempt(_smoothed(trials, base, alpha), other), start, rival)
+
+
+def _walk(at: Callable[[float, Trial | None], Trial], start: float, rival: Trial | None = None) -> Trial:
     """Walks from an alpha in the direction that helps, up or else down, as long as it does.
 
     Where the start is clearly worse than the rival, its neighbours are not tried.
+
+    Args:
+        at: tries an alpha against a rival.
+        start: the first alpha.
+        rival: of the start.
     """
-    best = trials.attempt(_smoothed(trials, base, start), rival)
+    best, reached = at(start, rival), start
     for step in (_STEP, -_STEP):
         alpha = round(start + step, 3)
         while 0 <= alpha <= 1 and not best.given_up:
-            tried = trials.attempt(_smoothed(trials, base, alpha), best)
+            tried = at(alpha, best)
             if tried.worth >= best.worth:
                 break
-            best, alpha = tried, round(alpha + step, 3)
-        if best.candidate.alpha != start:
+            best, reached, alpha = tried, alpha, round(alpha + step, 3)
+        if reached != start:
             break
     return best
 

@@ -20,6 +20,7 @@ from calib.export.manifest import MANIFEST
 from calib.export.onnx_emulate import float_twin
 from calib.export.onnx_lint import integer_layers, session
 from calib.export.read_onnx import read_onnx
+from calib.export.report import ConsumerReport, Verification
 from calib.models.hashing import sha256_of_file
 from calib.scales import load_scales
 from tests.export.conftest import Lab, lab
@@ -41,6 +42,20 @@ def bert_folder(bert: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def computed_as_its_processor_does(found: Verification) -> ConsumerReport:
+    """Each layer is exact; or, where the processor adds products in 16 bits, equal to that, and verification fails."""
+    report = found.consumer
+    assert report is not None
+    assert report.layers_exact + report.saturating_layers == report.layers
+    if report.saturating_layers == 0:
+        assert found.problems == []
+        assert report.layer_difference < 1e-6
+        assert report.model_difference <= report.allowance
+    else:
+        assert "saturate on this processor" in found.problems[0]
+    return report
+
+
 @pytest.mark.parametrize(("name", "symmetric"), [("bert", True), ("llama", False), ("gpt2", True)])
 def test_every_linear_layer_runs_in_integers_in_both_runtimes(
     name: str, symmetric: bool, tmp_path: Path, request: pytest.FixtureRequest
@@ -50,14 +65,10 @@ def test_every_linear_layer_runs_in_integers_in_both_runtimes(
     assert len(summary.quantized) == LAYERS[name]
     assert f"runs {LAYERS[name]} of {LAYERS[name]} quantized layers in integers" in summary.notes[-1]
     for consumer in ("onnxruntime", "openvino"):
-        found = verify_export(tmp_path / "out", consumer, model=held.opened)
-        assert found.problems == []
-        report = found.consumer
-        assert report is not None
-        assert report.integer_layers == report.layers_exact == report.layers == LAYERS[name]
+        report = computed_as_its_processor_does(verify_export(tmp_path / "out", consumer, model=held.opened))
+        assert report.integer_layers == report.layers == LAYERS[name]
         assert report.scales_read == report.scales == 2 * LAYERS[name]
-        assert report.layer_difference < 1e-6
-        assert report.model_difference < 0.01
+        assert report.saturating_layers or report.model_difference < 0.01
         assert report.allowance < 0.1
 
 
@@ -211,13 +222,11 @@ def test_minilm_runs_wholly_in_integers_and_faster_than_float(minilm: Path, tmp_
     summary = exported(held, tmp_path / "out", symmetric=False)
     assert len(summary.quantized) == 36  # all but the pooler, which the output does not need
     for consumer in ("onnxruntime", "openvino"):
-        found = verify_export(tmp_path / "out", consumer, model=held.opened)
-        assert found.problems == []
-        report = found.consumer
-        assert report is not None
+        report = computed_as_its_processor_does(verify_export(tmp_path / "out", consumer, model=held.opened))
         assert report.integer_layers == report.layers == 36
         assert report.speed is not None
-        assert report.speed > 1.5  # a floor that a busy machine holds; the figure is in benchmarks/results
+        if report.saturating_layers == 0:  # else the processor lacks the instructions that make integers fast
+            assert report.speed > 1.5  # a floor that a busy machine holds; the figure is in benchmarks/results
 
 
 def test_speed_is_a_median_of_pairs() -> None:
