@@ -41,13 +41,13 @@ class _Peer:
 
 PEERS = {
     "ModelOpt, SmoothQuant 0.8": _Peer("modelopt_peer.py", "modelopt", {"alpha": 0.8}),
-    "torchao, SmoothQuant 0.75": _Peer("torchao_peer.py", "", {"alpha": 0.75}),
     "llm-compressor, SmoothQuant 0.8": _Peer(
         "llmcompressor_peer.py", "llmcompressor", {"alpha": 0.8, "down_proj": False}
     ),
     "llm-compressor, SmoothQuant 0.8, down_proj too": _Peer(
         "llmcompressor_peer.py", "llmcompressor", {"alpha": 0.8, "down_proj": True}
     ),
+    "torchao, SmoothQuant 0.75": _Peer("torchao_peer.py", "", {"alpha": 0.75}),
 }
 
 
