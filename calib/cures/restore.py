@@ -66,13 +66,13 @@ def rounded_digests(scales: ScaleFile) -> dict[str, str]:
 
 
 def rounded_weights(scales: ScaleFile, folder: Path) -> dict[str, QuantizedWeight] | None:
-    """Weights that were rounded with error compensation; None if there are none, or their file is not beside.
+    """Weights that were rounded with error compensation; None if there are none.
 
     Raises:
-        ArtifactError: the file is damaged, or not the one that was recorded.
+        ArtifactError: their file is missing, damaged, or not the one that was recorded: others are not taken for them.
     """
-    digests, path = rounded_digests(scales), folder / ROUNDED_FILE
-    return load_rounded(path, digests) if digests and path.is_file() else None
+    digests = rounded_digests(scales)
+    return load_rounded(folder / ROUNDED_FILE, digests) if digests else None
 
 
 def _rotation(opened: OpenedModel, record: CureRecord) -> OnlineRotation | OfflineRotation:

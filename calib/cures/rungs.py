@@ -51,10 +51,8 @@ def prefix(trials: Trials, best: Trial) -> list[Trial]:
         trials.skipped["prefix"] = "no prefix lowers the ranges: the model has no sink that one takes"
     tried: list[Trial] = []
     for one in found:
-        bare = replace(best.candidate, prefix=one, smoothing=None)
-        measured = trials.measure(bare, trials.few, sites=["linear_input"])
-        bare = replace(bare, measurement=measured, ranges=measured)
-        tried.append(_smoothed_again(trials, bare, best.candidate.alpha, min([best, *tried], key=_worth)))
+        base = replace(best.candidate, prefix=one, smoothing=None)
+        tried.append(_smoothed_again(trials, base, best.candidate.alpha, min([best, *tried], key=_worth)))
     return [min(tried, key=_worth)] if tried else []
 
 
@@ -64,23 +62,19 @@ def resample(trials: Trials, best: Trial) -> list[Trial]:
         trials.skipped["resample"] = "the model predicts no tokens, so it cannot write text"
         return []
     base = replace(best.candidate, resampled=resampled(trials.opened, trials.few), smoothing=None)
-    measured = trials.measure(base, trials.few, sites=["linear_input"])
-    bare = replace(base, measurement=measured, ranges=measured)
-    return [_smoothed_again(trials, bare, best.candidate.alpha, best)]
+    return [_smoothed_again(trials, base, best.candidate.alpha, best)]
 
 
 def rotate(trials: Trials, best: Trial) -> list[Trial]:
     """Residual stream and values in another basis, in the weights; smoothing again, of what stays as it was."""
     try:
         rotation = _rotation(trials)
-        base = replace(best.candidate, rotation=rotation, smoothing=None)
-        with rotation.apply(trials.model):
-            measured = trials.measure(base, trials.few, sites=["linear_input"])
+        rotation.apply(trials.model).revert()  # what cannot be rotated is said here
     except (ModelError, UsageError) as error:
         trials.skipped["rotate"] = str(error)
         return []
-    bare = replace(base, measurement=measured, ranges=measured)
-    return [_smoothed_again(trials, bare, best.candidate.alpha, best)]
+    base = replace(best.candidate, rotation=rotation, smoothing=None)
+    return [_smoothed_again(trials, base, best.candidate.alpha, best)]
 
 
 def rotate_online(trials: Trials, best: Trial) -> list[Trial]:
@@ -94,8 +88,7 @@ def rotate_online(trials: Trials, best: Trial) -> list[Trial]:
 
     def rotated(one: Candidate) -> Candidate:
         turned = replace(one, input_rotation=rotation)
-        with turned.apply(trials.model):
-            return replace(turned, ranges=trials.measure(turned, trials.few, sites=["linear_input"]))
+        return replace(turned, ranges=trials.ranges(turned))
 
     if smoothing is None:
         return [trials.attempt(rotated(base))]
@@ -193,11 +186,13 @@ def _rotation(trials: Trials) -> OfflineRotation:
         return OfflineRotation.find(trials.model, trials.pairs, residual=False)
 
 
-def _smoothed_again(trials: Trials, bare: Candidate, alpha: float | None, rival: Trial) -> Trial:
-    """A candidate with new ranges: bare as it is where nothing was smoothed, else with the alpha that fits them."""
-    if alpha is None or not _pairs_left(trials, bare):
-        return trials.attempt(bare, rival)
-    return _best_alpha(trials, bare, alpha, rival)
+def _smoothed_again(trials: Trials, base: Candidate, alpha: float | None, rival: Trial) -> Trial:
+    """Measures a candidate without smoothing; with the alpha that fits it, unless nothing was smoothed."""
+    measured = trials.ranges(base)
+    base = replace(base, measurement=measured, ranges=measured)
+    if alpha is None or not _pairs_left(trials, base):
+        return trials.attempt(base, rival)
+    return _best_alpha(trials, base, alpha, rival)
 
 
 def _pairs_left(trials: Trials, base: Candidate) -> list[Pair]:

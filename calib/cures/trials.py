@@ -136,6 +136,11 @@ class Trials:
         self.rows.append(Row(candidate, score.interval(), ratio, round(now - self._begin, 1)))
         self._begin = now
 
+    def ranges(self, candidate: Candidate) -> Measurement:
+        """Of linear inputs with a candidate applied, on fewer blocks than `measure` is given in the end."""
+        with candidate.apply(self.model):
+            return self.measure(candidate, self.few, sites=["linear_input"])
+
     def measure(self, candidate: Candidate, blocks: TokenBlocks, sites: Sequence[str] = ()) -> Measurement:
         """Of the model as it is now, on what the ranges of a candidate cover."""
         ids = candidate.prefix_ids

@@ -20,7 +20,7 @@ from calib.cures import (
     save_smoothing,
     smoothing_record,
 )
-from calib.cures.restore import SMOOTHING_FILE, restore_cures
+from calib.cures.restore import SMOOTHING_FILE, restore_cures, rounded_weights
 from calib.errors import ArtifactError, ModelError
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
@@ -134,3 +134,12 @@ def test_a_rotation_of_something_else_is_refused(case: Case, tmp_path: Path) -> 
     scales = case.scales.model_copy(update={"cures": [record], "model": provenance})
     with pytest.raises(ArtifactError, match="rotation of weights or inputs"):
         restore_cures(opened, scales, tmp_path)
+
+
+def test_compensated_weights_whose_file_is_missing_are_not_rounded_anew_in_silence(case: Case, tmp_path: Path) -> None:
+    assert rounded_weights(case.scales, tmp_path) is None
+    settings = {"order": "activation", "rounded_sha256": {"model.layers.0.mlp.down_proj": "0" * 64}}
+    record = CureRecord(kind="compensate", summary="for a test", settings=settings)
+    scales = case.scales.model_copy(update={"cures": [*case.scales.cures, record]})
+    with pytest.raises(ArtifactError, match=r"rounded_weights\.safetensors: is no readable"):
+        rounded_weights(scales, tmp_path)

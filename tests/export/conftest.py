@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +11,12 @@ from typing import Any
 import pytest
 
 from calib.corpus import build_blocks
+from calib.export import verify_export
+from calib.export.manifest import MANIFEST
 from calib.measurement import Measurement
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
+from calib.models.hashing import sha256_of_file
 from calib.scales import choose_scales
 from calib.schema.scales import ScaleFile
 
@@ -45,3 +51,17 @@ def bert(tiny_bert: Path) -> Lab:
 @pytest.fixture(scope="session")
 def gpt2(tiny_gpt2: Path) -> Lab:
     return lab(tiny_gpt2)
+
+
+def problems_of_changed_graph(change: Callable[[Any], None], graph: Path, copy: Path) -> list[str]:
+    """What `verify_export` says of a copy whose graph was changed, and whose manifest knows of the change."""
+    import onnx
+
+    folder = shutil.copytree(graph, copy)
+    model = onnx.load(folder / "model.onnx")
+    change(model)
+    onnx.save(model, folder / "model.onnx")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["model.onnx"] = sha256_of_file(folder / "model.onnx")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return verify_export(folder, run=False).problems

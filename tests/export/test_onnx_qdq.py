@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -16,14 +14,12 @@ import torch
 
 from calib.errors import ModelError, UsageError
 from calib.export import ExportSummary, export_scales, verify_export
-from calib.export.manifest import MANIFEST
 from calib.export.onnx_emulate import float_twin
 from calib.export.onnx_lint import integer_layers, session
 from calib.export.read_onnx import read_onnx
 from calib.export.report import ConsumerReport, Verification
-from calib.models.hashing import sha256_of_file
 from calib.scales import load_scales
-from tests.export.conftest import Lab, lab
+from tests.export.conftest import Lab, lab, problems_of_changed_graph
 
 onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402 - only if there is onnx
@@ -187,14 +183,7 @@ def swap_weights(model: Any) -> None:
 def test_damage_of_a_graph_is_found_and_named(
     change: Callable[[Any], None], said: str, bert_folder: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(bert_folder, tmp_path / "copy")
-    model = onnx.load(folder / "model.onnx")
-    change(model)
-    onnx.save(model, folder / "model.onnx")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["model.onnx"] = sha256_of_file(folder / "model.onnx")
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    problems = verify_export(folder, run=False).problems
+    problems = problems_of_changed_graph(change, bert_folder, tmp_path / "copy")
     assert any(said in problem for problem in problems), problems
 
 

@@ -16,16 +16,15 @@ import torch
 from calib.errors import ArtifactError
 from calib.export import FORMATS, export_scales, verify_export
 from calib.export.importing import import_scales
-from calib.export.manifest import MANIFEST
 from calib.export.onnx_emulate import layer_outputs, token_feed
 from calib.export.onnx_lint import session
 from calib.export.read_onnx import QdqLinear, read_onnx
 from calib.export.report import ConsumerReport
 from calib.models import OpenedModel, open_model
-from calib.models.hashing import sha256_of_file
 from calib.quantized.rounded_file import ROUNDED_FILE
 from calib.scales import load_scales
 from tests.cli.commands import SMALL, run
+from tests.export.conftest import problems_of_changed_graph
 
 onnx = pytest.importorskip("onnx")
 from onnx import numpy_helper  # noqa: E402 - only if there is onnx
@@ -172,14 +171,7 @@ def change(name: str, by: Callable[[Any], Any]) -> Callable[[Any], None]:
     ids=["product", "codes", "scale"],
 )
 def test_damage_is_found_and_named(damage: Callable[[Any], None], said: str, graph: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(graph, tmp_path / "copy")
-    model = onnx.load(folder / "model.onnx")
-    damage(model)
-    onnx.save(model, folder / "model.onnx")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["model.onnx"] = sha256_of_file(folder / "model.onnx")
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    problems = verify_export(folder, run=False).problems
+    problems = problems_of_changed_graph(damage, graph, tmp_path / "copy")
     assert any(f"{QUERY}:{said}" in problem for problem in problems), problems
 
 
@@ -197,7 +189,7 @@ def test_rounded_weights_that_are_missing_damaged_or_others_are_refused(
     assert "no readable safetensors file" in capsys.readouterr().err
     (folder / ROUNDED_FILE).unlink()
     assert run(*given) == 1
-    assert "scales alone do not hold them" in capsys.readouterr().err
+    assert f"{ROUNDED_FILE}: is no readable safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
