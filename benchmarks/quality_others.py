@@ -58,6 +58,8 @@ def main() -> None:
     torch.manual_seed(0)
     parts = {"minilm": ("all-MiniLM-L6-v2", minilm), "efficientnet": ("EfficientNet-Lite0", convolutional)}
     chosen = sys.argv[1:] or list(parts)
+    if not set(chosen) <= set(parts):
+        sys.exit(f"quality_others: no part {' '.join(chosen)}; choose of {', '.join(parts)}")
     before = json.loads((RESULTS / "quality_others.json").read_text())
     of_before = {key: before[key] for key in environment()}
     results = {}
