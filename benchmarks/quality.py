@@ -35,6 +35,7 @@ from results_file import RESULTS, write
 from calib.corpus import TokenBlocks, build_blocks
 from calib.cures import Cured, CureOptions, find_cure
 from calib.cures.candidate import CONVENTION
+from calib.cures.result import AUTO
 from calib.evaluation.interval import perplexity_ratio
 from calib.evaluation.language import score_tokens
 from calib.measurement import MeasureOptions, measure
@@ -45,7 +46,7 @@ from calib.scales import choose_scales
 
 LENGTH = 512
 NAME = "quality"
-_CHOSEN = ("auto", "auto + rotate-online")
+_CHOSEN = ("auto", "auto without rotate-online")
 """Searches whose choice is judged on all blocks, and in other forms that it can be deployed in."""
 
 
@@ -151,12 +152,13 @@ def main() -> None:  # noqa: C901, PLR0915 - one table, from top to bottom
 
     searches = {
         "auto": CureOptions(target=1.0),
-        "auto + rotate-online": CureOptions(cures=(*CureOptions().cures, "rotate-online"), target=1.0),
+        "auto without rotate-online": CureOptions(cures=AUTO, target=1.0),
+        "no prefix": CureOptions(cures=("smooth", "rotate", "rotate-online", "compensate"), target=1.0),
         "ordinary checkpoint, 3 kept": CureOptions(
             cures=("smooth", "rotate", "compensate", "keep"), target=1.0, keep=3
         ),
-        "auto + resample + rotate-online, weights per tensor": CureOptions(
-            cures=(*CureOptions().cures, "resample", "rotate-online"), target=1.0, weight_granularity="per-tensor"
+        "auto + resample, weights per tensor": CureOptions(
+            cures=("auto", "resample"), target=1.0, weight_granularity="per-tensor"
         ),
     }
     for name, options in searches.items():

@@ -38,8 +38,8 @@ def cure_options(function: Any) -> Any:
             "--cure",
             default="none",
             show_default=True,
-            help="none; auto (smooth,prefix,rotate,compensate); or a list of these, resample, rotate-online, scale "
-            "and keep.",
+            help="none; auto (smooth,prefix,rotate,compensate, of language models rotate-online); or a list of these, "
+            "resample, scale and keep.",
         ),
     ):
         function = option(function)
@@ -90,6 +90,7 @@ def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
     Weights that were rounded with error compensation are in a file of their own too, for other formats.
     """
     from calib.export import write_checkpoint
+    from calib.export.compressed_tensors import holds_online
     from calib.quantized.rounded_file import ROUNDED_FILE, save_rounded
     from calib.scales import save_scales
 
@@ -99,7 +100,7 @@ def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
         rounded = cured.plan.rounded
         if rounded:
             save_rounded(rounded, work / ROUNDED_FILE)
-        if cured.scales.bits != 8 or any(cure.needs == "online-op" for cure in cured.scales.cures):
+        if cured.scales.bits != 8 or not holds_online(cured.scales):
             return None
         return len(write_checkpoint(cured.opened, cured.scales, work, rounded).quantized)
 
@@ -139,11 +140,7 @@ def _options(given: dict[str, Any]) -> CureOptions:
         raise UsageError("--layout documents: cures compare models on blocks of equal length; leave the option out")
     if given["site_patterns"] or given["ignore"]:
         raise UsageError("--sites/--ignore: cures are searched over all linear layers; leave the patterns out")
-    wanted: list[str] = []
-    for name in names:
-        wanted += CureOptions().cures if name == "auto" else [name]
-    if given["keep"] and "keep" not in wanted:
-        wanted.append("keep")
+    wanted = [*names, "keep"] if given["keep"] and "keep" not in names else names
     return CureOptions(
         cures=tuple(dict.fromkeys(wanted)),
         target=given["target"],

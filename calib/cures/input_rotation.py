@@ -52,20 +52,23 @@ class InputRotation:
         if self.block < 2:
             raise UsageError(f"width {width}: is odd, no Hadamard matrix divides it; leave this layer as it is")
         self.signs = None if signs_seed is None else random_signs(width, signs_seed)
-        self._matrix = hadamard(self.block)
+        self._matrix = hadamard(self.block).sign()
+        self._root = torch.tensor(float(self.block), dtype=torch.float64).sqrt()
         self._placed: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._recent: Recent[torch.Tensor] = Recent()
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """``x R`` for ``[..., width]``, in the dtype of x."""
-        matrix, signs = self._in(x)
-        return self._times(x if signs is None else x * signs, matrix)
+        """``x R`` for ``[..., width]``, computed in float32 at least and rounded once to the dtype of x."""
+        wide = _wide(x)
+        matrix, signs = self._in(wide)
+        return self._times(wide if signs is None else wide * signs, matrix).to(x.dtype)
 
     def rotate_back(self, x: torch.Tensor) -> torch.Tensor:
-        """``x R^T`` for ``[..., width]``, in the dtype of x."""
-        matrix, signs = self._in(x)
-        result = self._times(x, matrix)  # the block is symmetric
-        return result if signs is None else result * signs
+        """``x R^T`` for ``[..., width]``, computed as in `rotate`."""
+        wide = _wide(x)
+        matrix, signs = self._in(wide)
+        result = self._times(wide, matrix)  # the block is symmetric
+        return (result if signs is None else result * signs).to(x.dtype)
 
     def forget(self) -> None:
         """Lets go of the last rotated tensor."""
@@ -76,7 +79,8 @@ class InputRotation:
         return self._recent.of(x, self, lambda: self.rotate(x))
 
     def _times(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = (x.unflatten(-1, (-1, self.block)) @ matrix).flatten(-2)
+        """Sums and differences, then one division: the very operations of compressed-tensors, so the very bits."""
+        result: torch.Tensor = (x.unflatten(-1, (-1, self.block)) @ matrix).flatten(-2) / self._root
         return result
 
     def _in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,6 +89,10 @@ class InputRotation:
             signs = None if self.signs is None else self.signs.to(x.device, x.dtype)
             self._placed[key] = self._matrix.to(x.device, x.dtype), signs
         return self._placed[key]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def random_signs(width: int, seed: int) -> torch.Tensor:

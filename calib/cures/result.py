@@ -14,7 +14,7 @@ from calib.quantized import QuantizationPlan
 from calib.scales import Grid
 from calib.schema.scales import ScaleFile
 
-__all__ = ["CURES", "CureOptions", "Cured", "Row"]
+__all__ = ["AUTO", "AUTO_DECODER", "CURES", "CureOptions", "Cured", "Row"]
 
 CURES: dict[str, str] = {
     "smooth": "per-channel migration into the weights before and behind a tensor; an ordinary checkpoint",
@@ -22,10 +22,13 @@ CURES: dict[str, str] = {
     "resample": "ranges that also cover words which the model itself expects in the text; an ordinary checkpoint",
     "compensate": "weights rounded with error compensation (GPTQ); an ordinary checkpoint",
     "rotate": "the residual stream and values in another basis, in the weights; an ordinary checkpoint",
-    "rotate-online": "a rotation computed in front of layers behind a product; the consumer must compute it too",
+    "rotate-online": "a rotation computed in front of layers behind a product; a checkpoint says so, vLLM computes it",
     "scale": "loud channels brought down in front of layers that smoothing cannot reach; a graph can hold that",
     "keep": "the fewest layers left in float, by measured effect; an ignore list",
 }
+AUTO = ("smooth", "prefix", "rotate", "compensate")
+AUTO_DECODER = ("smooth", "prefix", "rotate", "rotate-online", "compensate")
+"""What `auto` stands for: of models that predict tokens there is a server (vLLM) that computes a rotation."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class CureOptions:
     """What the search may do.
 
     Attributes:
-        cures: allowed ones, of `CURES`.
+        cures: allowed ones, of `CURES`; ``auto`` stands for `AUTO` or `AUTO_DECODER`.
         target: largest ratio of perplexity to the float model (1 + relative error where nothing is predicted).
         bits: of activations and weights.
         symmetric: grid of activations.
@@ -42,7 +45,7 @@ class CureOptions:
         batch_size: blocks of a forward pass.
     """
 
-    cures: tuple[str, ...] = ("smooth", "prefix", "rotate", "compensate")
+    cures: tuple[str, ...] = ("auto",)
     target: float = 1.01
     bits: int = 8
     symmetric: bool = True
@@ -52,7 +55,7 @@ class CureOptions:
 
     def __post_init__(self) -> None:
         for name in self.cures:
-            if name not in CURES:
+            if name not in CURES and name != "auto":
                 raise UsageError(f"--cure {name}: unknown; choose auto, none, or of {', '.join(CURES)}")
         if self.keep < 0:
             raise UsageError(f"--keep {self.keep}: no number of layers; pass 0 or more")

@@ -60,7 +60,7 @@ def _climb(trials: Trials) -> Trial:
     best = trials.attempt(Candidate(options.bits, options.symmetric, measured, measured, options.weight_granularity))
     trials.note(best)
     for name, rung in RUNGS.items():
-        if name in options.cures and not trials.met(best):
+        if name in trials.cures and not trials.met(best):
             tried = rung(trials, best)
             for one in tried:
                 trials.note(one)

@@ -17,7 +17,7 @@ from calib.cures.candidate import Candidate
 from calib.cures.find import find_pairs
 from calib.cures.judge import Judge, Score
 from calib.cures.pairs import Pairs
-from calib.cures.result import CureOptions, Row
+from calib.cures.result import AUTO, AUTO_DECODER, CureOptions, Row
 from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
 from calib.measurement.engine import MeasureOptions, measure
@@ -95,6 +95,12 @@ class Trials:
     def predicts(self) -> bool:
         """Whether the model predicts tokens."""
         return self.judge("search", ()).reference_nll is not None
+
+    @property
+    def cures(self) -> tuple[str, ...]:
+        """The allowed ones, `auto` spelled out."""
+        auto = AUTO_DECODER if self.predicts else AUTO
+        return tuple(one for name in self.options.cures for one in (auto if name == "auto" else (name,)))
 
     def judge(self, part: str, ids: tuple[int, ...]) -> Judge:
         """The judge of a prefix; made only while the model is in its original state."""

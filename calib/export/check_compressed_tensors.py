@@ -17,10 +17,11 @@ from calib.errors import ModelError
 from calib.export.checks import checks, consumer
 from calib.export.compare import first_output, largest_difference, token_ids
 from calib.export.compressed_tensors import kv_scales
-from calib.export.emulate import compressed_tensors_plan, float_model
+from calib.export.emulate import compressed_tensors_plan, compute_transforms, float_model
 from calib.export.linears import FUSED, AttentionRange, attention_ranges, linear_ranges
 from calib.export.read_compressed_tensors import CompressedCheckpoint, read_compressed_tensors
 from calib.export.report import ConsumerReport, Verification
+from calib.export.transform_config import transform_config
 from calib.models.checkpoint import read_checkpoint
 from calib.models.provenance import tokenizer_sha256
 from calib.models.quiet import quiet_transformers
@@ -67,6 +68,7 @@ def run_transformers(
         reference = float_model(read)
         cls: Any = type(reference)
         loaded = cls.from_pretrained(folder, dtype="float32").eval()
+        compute_transforms(read, loaded)
     ids = token_ids(reference)
     plan = compressed_tensors_plan(read)
     with torch.no_grad(), redirect_stderr(io.StringIO()):
@@ -134,6 +136,8 @@ def _against_scales(read: CompressedCheckpoint, scales: ScaleFile, *, nearest: b
     if read.config.get("dtype") != scales.model.dtype:
         yield f"config.json: serves in {read.config.get('dtype')}, the scales were measured in {scales.model.dtype}"
     yield from _tokenizer(read, scales)
+    if read.model is not None and read.transforms != transform_config(scales, read.model):
+        yield "config.json: transform_config is not the rotation that the scale file names"
     try:
         wanted = linear_ranges(scales, read.model)
         kv = attention_ranges(scales) if read.kv else {}

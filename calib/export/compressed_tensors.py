@@ -22,18 +22,30 @@ from calib.export.checkpoint import copy_companions, read_config, save_weights, 
 from calib.export.formats import register
 from calib.export.linears import AttentionRange, LinearRange, Linears, attention_ranges, linear_ranges
 from calib.export.request import ExportRequest, ExportSummary
+from calib.export.transform_config import transform_config, transform_tensors
 from calib.models import OpenedModel
 from calib.quantized import QuantizedWeight
 from calib.quantized.fake_quantize import round_float8
 from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.scales import ScaleFile
 
-__all__ = ["CheckpointSummary", "export_compressed_tensors", "kv_scales", "weight_codes", "write_checkpoint"]
+__all__ = [
+    "CheckpointSummary",
+    "export_compressed_tensors",
+    "holds_online",
+    "kv_scales",
+    "weight_codes",
+    "write_checkpoint",
+]
 
 _BLACKWELL = "vLLM has no INT8 W8A8 kernel for NVIDIA Blackwell (SM 10.0); use the fp8 variant there"
 _MOE = "vLLM computes INT8 mixture-of-experts layers with dynamic scales only; static scales of experts are not used"
 _HEADS = "vLLM takes one scale per head of keys and values with FlashAttention only; transformers takes them always"
 _SGLANG = "SGLang 0.5 cannot load static INT8 scales of fused layers; use the fp8 variant there"
+_TRANSFORMS = (
+    "the inputs of some layers are rotated (transform_config): vLLM computes that on CUDA, without tensor parallelism; "
+    "transformers up to 5.23 ignores it, loads, and computes something else"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ def write_checkpoint(
         ModelError: no linear layer of the model has a scale.
         ArtifactError: the scales are of another model, need an operation that no checkpoint holds, or the disk is full.
     """
-    if any(cure.needs == "online-op" for cure in scales.cures):
+    if not holds_online(scales):
         raise ArtifactError(
             f"{scales.model.name}: its cures need an operation that no checkpoint holds; choose scales without it"
         )
@@ -80,13 +92,18 @@ def write_checkpoint(
     return CheckpointSummary(summary.quantized, summary.in_float)
 
 
+def holds_online(scales: ScaleFile) -> bool:
+    """Whether a checkpoint can say all that its reader must compute beyond loading it: rotations it can."""
+    return all(cure.needs != "online-op" or cure.name == "rotate-online" for cure in scales.cures)
+
+
 @register(
     "compressed-tensors",
     summary="checkpoint with static W8A8 weights and scales",
     carries="weights, input scales, key and value scales, what stays in float",
     consumers=("vLLM", "transformers", "SGLang (fp8)"),
     proven="transformers, bit for bit; vLLM; llm-compressor",
-    cures=("smooth", "rotate", "keep", "clip", "compensate"),
+    cures=("smooth", "rotate", "rotate-online", "keep", "clip", "compensate"),
     variants=("int8", "fp8"),
     kv_heads=True,
     model=True,
@@ -119,15 +136,19 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
     for name, kv in attention.items():
         for part, whole, heads in (("k", kv.key, kv.key_heads), ("v", kv.value, kv.value_heads)):
             state[f"{name}.{part}_scale"] = kv_scales(heads, per_head=True) if request.kv_heads else kv_scales([whole])
-    save_weights(state, request.folder, request.shard_size)
+    transforms = transform_config(scales, opened.model)
+    save_weights(state | transform_tensors(transforms), request.folder, request.shard_size)
     config = read_config(opened)
     ignore = sorted(linears.in_float)
     config["quantization_config"] = _quantization(
         ignore, symmetric=symmetric, floating=floating, kv=_kv_strategy(request, attention)
     )
+    if transforms is not None:
+        config["quantization_config"]["transform_config"] = transforms
     write_config(config, request.folder)
     copy_companions(opened, request.folder)
     notes = [*linears.notes, *_warnings(linears, floating=floating), *([_HEADS] if request.kv_heads else [])]
+    notes += [] if transforms is None else [_TRANSFORMS]
     return ExportSummary(list(linears.ranges), linears.in_float, list(attention), notes)
 
 

@@ -13,12 +13,14 @@ from torch import nn
 
 from calib.errors import ArtifactError
 from calib.export.read_compressed_tensors import CompressedCheckpoint, CompressedLinear
+from calib.export.safetensors_folder import SafetensorsFolder
+from calib.models.transforms import apply_online_transforms
 from calib.quantized.grid import IntegerGrid
 from calib.quantized.plan import QuantizationPlan
 from calib.quantized.quantizers import Float8Quantizer, StaticQuantizer, TensorQuantizer
 from calib.quantized.weights import QuantizedWeight
 
-__all__ = ["compressed_tensors_plan", "float_model"]
+__all__ = ["compressed_tensors_plan", "compute_transforms", "float_model"]
 
 
 def compressed_tensors_plan(read: CompressedCheckpoint) -> QuantizationPlan:
@@ -33,14 +35,12 @@ def compressed_tensors_plan(read: CompressedCheckpoint) -> QuantizationPlan:
 
 
 def float_model(read: CompressedCheckpoint) -> nn.Module:
-    """The model of a checkpoint with its weights multiplied out, float32, in evaluation mode.
+    """The model of a checkpoint with its weights multiplied out and its transforms, float32, in evaluation mode.
 
     Raises:
         ArtifactError: it cannot be built from these files.
     """
     import transformers
-
-    from calib.export.safetensors_folder import SafetensorsFolder
 
     if read.model is None:
         raise ArtifactError(f"{read.folder}: its model cannot be built; see the problems above")
@@ -48,13 +48,26 @@ def float_model(read: CompressedCheckpoint) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     files = SafetensorsFolder(read.folder)
-    state = {name: files.tensor(name) for name in files.names if not name.endswith(("_scale", "_zero_point"))}
+    modules = dict(read.model.named_modules())  # matrices of transforms are below none of them
+    names = [name for name in files.names if name.rpartition(".")[0] in modules]
+    state = {name: files.tensor(name) for name in names if not name.endswith(("_scale", "_zero_point"))}
     for name, linear in read.linears.items():
         state[f"{name}.weight"] = QuantizedWeight(linear.codes, linear.weight_scale).dequantize()
     cls: Any = type(read.model)
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = cls.from_pretrained(None, config=config, state_dict=state, dtype="float32")
+    compute_transforms(read, model)
     return model.eval()
+
+
+def compute_transforms(read: CompressedCheckpoint, model: nn.Module) -> None:
+    """Has a loaded model compute the transforms that its checkpoint names; transformers up to 5.23 does not."""
+    files = SafetensorsFolder(read.folder)
+
+    def stored(name: str) -> torch.Tensor | None:
+        return files.tensor(name) if name in files else None
+
+    apply_online_transforms(model, read.transforms, stored, read.folder.name)
 
 
 def _input(read: CompressedCheckpoint, linear: CompressedLinear) -> TensorQuantizer:

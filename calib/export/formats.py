@@ -25,8 +25,9 @@ class Format:
         name: as `--to` takes it.
         summary: what is written.
         carries: what of a scale file survives in it.
-        cures: kinds of cures it can express. One that is folded into weights is expressed by any format whose
-            consumer runs the cured checkpoint; `keep` by any that can leave a layer in float; `clip` is in the ranges.
+        cures: names of cures it can express (`CureRecord.name`). One that is folded into weights is expressed by any
+            format whose consumer runs the cured checkpoint; `keep` by any that can leave a layer in float; `clip` is in
+            the ranges; one that is computed as the model runs, by those that say so to their consumers.
         consumers: programs that read it.
         proven: the consumer, or the parser, that the tests load it with.
         variants: what may follow the name after a colon, the first is the default.

@@ -25,13 +25,14 @@ from calib.export.linears import LinearRange
 from calib.export.read_aimet import read_aimet
 from calib.export.read_compressed_tensors import CompressedLinear, read_compressed_tensors
 from calib.export.read_onnx import QdqLinear, read_onnx
+from calib.export.transform_config import online_rotations
 from calib.models.checkpoint import read_checkpoint
 from calib.models.hashing import sha256_of_file
 from calib.models.provenance import tokenizer_sha256
 from calib.scales.file import FILE_NAME, load_scales
 from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.provenance import CorpusProvenance, ModelProvenance, Producer
-from calib.schema.scales import ExpectedError, HeadScales, ScaleFile, Scheme, TensorScale
+from calib.schema.scales import CureRecord, ExpectedError, HeadScales, ScaleFile, Scheme, TensorScale
 
 __all__ = ["import_scales"]
 
@@ -49,6 +50,7 @@ def import_scales(path: Path) -> ScaleFile:
     folder = path if path.is_dir() else path.parent
     beside = _beside(folder)
     ignore: list[str] = []
+    cures: list[CureRecord] = []
     if path.suffix == ".encodings" or (path.is_dir() and (path / ENCODINGS).is_file()):
         file = path / ENCODINGS if path.is_dir() else path
         tensors, kind = _from_aimet(file, beside), "aimet"
@@ -57,7 +59,7 @@ def import_scales(path: Path) -> ScaleFile:
         tensors, kind = _from_onnx(file), "onnx-qdq"
     elif (folder / "config.json").is_file():
         file = folder / "config.json"
-        tensors, ignore = _from_checkpoint(folder)
+        tensors, ignore, cures = _from_checkpoint(folder)
         kind = "compressed-tensors"
     else:
         raise ArtifactError(
@@ -73,7 +75,7 @@ def import_scales(path: Path) -> ScaleFile:
         method=f"imported:{kind}",
         bits=8,
         tensors=tensors,
-        cures=beside.cures if beside is not None else [],
+        cures=beside.cures if beside is not None else cures,
         coverage=dict(sorted(Counter(tensor.kind for tensor in tensors.values()).items())),
         ignore=ignore,
         verdict="static",
@@ -81,7 +83,7 @@ def import_scales(path: Path) -> ScaleFile:
     )
 
 
-def _from_checkpoint(folder: Path) -> tuple[Tensors, list[str]]:
+def _from_checkpoint(folder: Path) -> tuple[Tensors, list[str], list[CureRecord]]:
     read = read_compressed_tensors(folder)
     if read.problems:
         raise ArtifactError(f"{folder}: {read.problems[0]}; correct it, or pass another export")
@@ -91,7 +93,9 @@ def _from_checkpoint(folder: Path) -> tuple[Tensors, list[str]]:
     for name, (key, value) in read.kv.items():
         for port, scale in (("key", key), ("value", value)):
             tensors[f"{name}:{port}"] = _key_or_value(name, port, scale)
-    return tensors, [name for name in read.ignored if not name.startswith("re:")]
+    assert read.model is not None, "that would be a problem"
+    cures = online_rotations(read.transforms, read.model, folder.name)
+    return tensors, [name for name in read.ignored if not name.startswith("re:")], cures
 
 
 def _key_or_value(module: str, port: str, scale: torch.Tensor) -> TensorScale:

@@ -52,6 +52,7 @@ class CompressedCheckpoint:
         linears: by module; only whole and valid ones.
         kv: attention module -> key scale, value scale: float32 ``[1]``, or ``[heads, 1, 1]``.
         kv_heads: keys and values have one scale per head.
+        transforms: its `transform_config`.
         model: the architecture on the meta device, without weights.
         expected: how many scales should be there.
         found: how many are there and valid.
@@ -66,6 +67,7 @@ class CompressedCheckpoint:
     linears: dict[str, CompressedLinear] = field(default_factory=dict)
     kv: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     kv_heads: bool = False
+    transforms: dict[str, Any] | None = None
     model: nn.Module | None = None
     expected: int = 0
     found: int = 0
@@ -121,6 +123,7 @@ def _read_scheme(read: CompressedCheckpoint, quantization: dict[str, Any]) -> bo
     wanted = "float-quantized" if read.floating else "int-quantized"
     if quantization.get("format") != wanted or weights.get("type") != inputs.get("type"):
         read.problems.append(f"config.json: format is {quantization.get('format')}, its scheme is {wanted}")
+    read.transforms = quantization.get("transform_config") or None
     kv = quantization.get("kv_cache_scheme")
     read.kv_heads = isinstance(kv, dict) and kv.get("strategy") == "attn_head"
     return kv is not None

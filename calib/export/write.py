@@ -94,14 +94,11 @@ def export_scales(
 
 
 def require_expressed(found: Format, scales: ScaleFile) -> None:
-    """Refuses cures that a format has no form for.
-
-    Of operations that are computed as the model runs, only the products of `scale` are in a graph.
-    """
+    """Refuses cures that a format has no form for."""
     for cure in scales.cures:
-        if cure.kind not in found.cures or (cure.needs == "online-op" and cure.kind != "scale"):
+        if cure.name not in found.cures:
             raise ArtifactError(
-                f"format {found.name}: cannot express the cure {cure.kind!r} of the scale file; "
+                f"format {found.name}: cannot express the cure {cure.name!r} of the scale file; "
                 f"choose a format that can (`calib formats`), or scales without it"
             )
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calib.errors import ModelError
 from calib.models.reason import reason
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SOURCE_FILE", "Checkpoint", "TensorHeader", "read_checkpoint", "read_headers"]
 
@@ -56,6 +59,18 @@ class Checkpoint:
     def model_type(self) -> str:
         """`model_type` of the configuration, e.g. llama."""
         return str(self.config.get("model_type", ""))
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """One stored tensor, on the CPU; None if no safetensors file has it."""
+        from safetensors import safe_open
+
+        for path in self.weight_files:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    if name in file.keys():  # noqa: SIM118 - not a mapping
+                        found: torch.Tensor = file.get_tensor(name)
+                        return found
+        return None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from calib.models.reason import reason
 from calib.models.source import locate
 from calib.models.tasks import check_task, choose_class, choose_task
 from calib.models.tokens import load_processor, load_tokenizer
+from calib.models.transforms import apply_online_transforms
 from calib.schema.provenance import ModelProvenance
 
 __all__ = ["OpenedModel", "open_model"]
@@ -156,6 +157,8 @@ def _load(
         # An encoder cut out of a model with another head: the pooler was never trained, so it is left out.
         model, missing = _from_pretrained(type(model), checkpoint, name, options | {"add_pooling_layer": False})
     check_missing(missing, model, name)
+    settings = (checkpoint.config.get("quantization_config") or {}).get("transform_config")
+    apply_online_transforms(model, settings, checkpoint.tensor, name)
     return model.eval()
 
 

@@ -17,7 +17,8 @@ __all__ = ["print_cures"]
 
 _PREFIX = "a consumer must put the prefix in front of every sequence, best as cached keys and values in float"
 _OPERATION = {
-    "rotate": "a consumer must rotate these inputs itself: no ordinary checkpoint holds that",
+    "rotate": "a consumer must rotate these inputs: config.json says so (transform_config), which vLLM computes on "
+    "CUDA, and transformers up to 5.23 ignores, so that it loads and computes something else",
     "scale": "a consumer must multiply these inputs: graphs hold that (`calib export --to onnx-qdq` or openvino)",
 }
 

@@ -149,6 +149,11 @@ class CureRecord(Strict):
     )
     settings: dict[str, Setting] = Field(default_factory=dict, description="What reproduces it, e.g. token_ids, alphas")
 
+    @property
+    def name(self) -> str:
+        """As `calib quantize --cure` takes it: a rotation that is computed as the model runs is another cure."""
+        return f"{self.kind}-online" if self.kind == "rotate" and self.needs == "online-op" else self.kind
+
 
 class ScaleFile(Strict):
     """The whole of `scales.json`."""

@@ -127,3 +127,11 @@ def loud_norms(model: Any) -> None:
                 norm.weight[:3] *= 100
                 for reader in readers:
                     reader.weight[:, :3] /= 100
+
+
+def spiked(model: Any) -> None:
+    """Makes a few channels of what down_proj reads a hundred times larger: INT8 without a cure loses the others."""
+    for block in model.model.layers:
+        with torch.no_grad():
+            block.mlp.up_proj.weight[:3] *= 100
+            block.mlp.down_proj.weight[:, :3] /= 100

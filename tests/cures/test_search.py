@@ -15,25 +15,18 @@ from calib.cures.prefix import find_prefixes
 from calib.cures.ranges import smoothed_ranges
 from calib.cures.result import CureOptions
 from calib.cures.search import find_cure
+from calib.cures.trials import Trials
 from calib.errors import UsageError
 from calib.evaluation.interval import Interval
 from calib.measurement import Measurement, MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel
-from tests.cures.models import loud_norms
+from tests.cures.models import loud_norms, spiked
 
 
 @pytest.fixture
 def opened(tiny_llama: Path) -> OpenedModel:
     return open_model(tiny_llama, device="cpu")
-
-
-def spiked(opened: OpenedModel) -> None:
-    """Makes a few channels of what down_proj reads a hundred times larger: INT8 without a cure loses the others."""
-    for block in opened.model.model.layers:
-        with torch.no_grad():
-            block.mlp.up_proj.weight[:3] *= 100
-            block.mlp.down_proj.weight[:, :3] /= 100
 
 
 def rows_file(folder: Path, rows: list[list[int]]) -> Path:
@@ -50,7 +43,7 @@ def blocks(opened: OpenedModel) -> TokenBlocks:
 
 @pytest.fixture
 def measurement(opened: OpenedModel, blocks: TokenBlocks) -> Measurement:
-    spiked(opened)
+    spiked(opened.model)
     return measure(opened, blocks.select(range(8)), MeasureOptions(batch_size=4))
 
 
@@ -94,7 +87,7 @@ def test_weights_are_compensated_where_their_rounding_matters(
 ) -> None:
     """Planted channels cost far more than the weights do; without them both cost about the same."""
     if planted:
-        spiked(opened)
+        spiked(opened.model)
     few = blocks.select(range(8))
     measurement = measure(opened, few, MeasureOptions(batch_size=4))
     options = CureOptions(cures=("compensate",), target=1.0)
@@ -109,7 +102,7 @@ def test_an_encoder_is_judged_by_its_outputs_also_behind_a_head_for_masked_words
     rows = np.random.default_rng(0).integers(5, 50, (6, 32)).tolist()
     blocks = build_blocks([rows_file(tiny_bert, rows)], opened.tokenizer, samples=6, max_length=32)
     measurement = measure(opened, blocks.select(range(4)), MeasureOptions(batch_size=4))
-    options = CureOptions(cures=(*CureOptions().cures, "resample"), target=1.0)
+    options = CureOptions(cures=("auto", "resample"), target=1.0)
     cured = find_cure(opened, measurement, blocks.select(range(4)), blocks.select([4, 5]), options)
     assert all(row.ratio is None for row in cured.rows)
     assert {"prefix", "resample", "rotate the residual stream"} <= set(cured.skipped)
@@ -208,7 +201,7 @@ def test_a_rotation_of_the_weights_takes_apart_what_norms_make_loud(opened: Open
 
 def test_behind_a_rotation_only_what_it_leaves_is_smoothed(opened: OpenedModel, blocks: TokenBlocks) -> None:
     loud_norms(opened.model)
-    spiked(opened)
+    spiked(opened.model)
     few = blocks.select(range(8))
     measurement = measure(opened, few, MeasureOptions(batch_size=4))
     options = CureOptions(cures=("smooth", "rotate"), target=1.0)
@@ -218,7 +211,7 @@ def test_behind_a_rotation_only_what_it_leaves_is_smoothed(opened: OpenedModel, 
     assert [p.producer.rpartition(".")[2] for p in rotated.smoothing.pairs] == ["up_proj"] * 3
 
 
-def test_an_online_rotation_is_searched_only_on_request_and_says_what_a_consumer_must_do(
+def test_an_online_rotation_says_what_a_consumer_must_do(
     opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement
 ) -> None:
     before = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
@@ -229,7 +222,20 @@ def test_an_online_rotation_is_searched_only_on_request_and_says_what_a_consumer
     assert cured.rows[-1].divergence.value < cured.rows[0].divergence.value
     after = opened.model(input_ids=torch.from_numpy(blocks.input_ids[:2])).logits.detach()
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
-    assert "rotate-online" not in CureOptions().cures
+
+
+def test_auto_rotates_inputs_of_language_models_only_for_those_are_served_by_programs_that_compute_it(
+    opened: OpenedModel, tiny_bert: Path, blocks: TokenBlocks, measurement: Measurement
+) -> None:
+    few, held_out = blocks.select(range(8)), blocks.select(range(8, 12))
+    options = CureOptions(cures=("auto", "keep"))
+    found = Trials(opened, measurement, few, held_out, options, lambda line: None).cures
+    assert found == ("smooth", "prefix", "rotate", "rotate-online", "compensate", "keep")
+    encoder = open_model(tiny_bert, device="cpu")
+    texts = build_blocks(["builtin:speeches"], encoder.tokenizer, samples=6, max_length=32)
+    of_encoder = measure(encoder, texts.select(range(3)), MeasureOptions())
+    trials = Trials(encoder, of_encoder, texts.select(range(3)), texts.select(range(3, 6)), options, lambda line: None)
+    assert trials.cures == ("smooth", "prefix", "rotate", "compensate", "keep")
 
 
 def test_a_prefix_outside_of_the_vocabulary_is_refused(opened: OpenedModel, blocks: TokenBlocks) -> None:
