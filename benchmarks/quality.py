@@ -146,10 +146,6 @@ def main() -> None:  # noqa: C901, PLR0915 - one table, from top to bottom
         plan = plan_from_scales(model, scales, weights=rows, **options)
         score(name, lambda plan=plan: QuantizedModel(model, plan))
 
-    few, plain = evaluation[: arguments.few], reference_of(())[: arguments.few]
-    for peer in peer_results(opened, calibration.input_ids, few, arguments.work, set(table.rows)):
-        add(peer.name, peer.nll, plain, prefix=[], version=peer.version, seconds=peer.seconds)
-
     searches = {
         "auto": CureOptions(target=1.0),
         "auto without rotate-online": CureOptions(cures=AUTO, target=1.0),
@@ -196,6 +192,10 @@ def main() -> None:  # noqa: C901, PLR0915 - one table, from top to bottom
             ],
         }  # fmt: skip
         table.save()
+
+    few, plain = evaluation[: arguments.few], reference_of(())[: arguments.few]
+    for peer in peer_results(opened, calibration.input_ids, few, arguments.work, set(table.rows)):
+        add(peer.name, peer.nll, plain, prefix=[], version=peer.version, seconds=peer.seconds)
 
 
 def _as_deployed(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:

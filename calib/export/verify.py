@@ -50,8 +50,8 @@ def verify_export(
     found.problems = [*problems, *found.problems]
     if manifest is not None:
         found.problems += [f"{name}: {what}" for name, what in changed_files(folder, manifest).items()]
-    else:
-        found.not_checked.append(f"values: {folder} has no {MANIFEST}, so there is nothing to compare them with")
+    elif scales is None:
+        found.not_checked.append(f"values: {folder} has no {FILE_NAME}, so there is nothing to compare them with")
     if not run or not found.passed:
         return found
     if program is None:
