@@ -3,7 +3,8 @@
 
 `python vllm_run.py FOLDER TOKENS.json OUT.json`: greedy continuations and the log-probabilities of the best tokens at
 every position of each prompt, the scales that the loaded modules hold, what single layers make of random rows, and how
-fast they are.
+fast they are. The CPU build has no kernel for rotated inputs: there the formula stands in for it, and all the rest,
+which layers are rotated and with which block, is vLLM's own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,23 @@ import sys
 import time
 from importlib.metadata import version
 
+import torch
+
 TOP = 20
+
+
+def hadamard(x: torch.Tensor, inplace: bool) -> torch.Tensor:
+    """What `hadacore_transform` computes: the last axis times Sylvester's matrix over the root of its size."""
+    matrix = torch.ones(1, 1, dtype=x.dtype)
+    while matrix.shape[0] < x.shape[-1]:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return x @ matrix / x.shape[-1] ** 0.5
+
+
+if not torch.cuda.is_available():  # on import: workers, which are processes of their own, need it too
+    LIBRARY = torch.library.Library("_C", "FRAGMENT")
+    LIBRARY.define("hadacore_transform(Tensor x, bool inplace) -> Tensor")
+    LIBRARY.impl("hadacore_transform", hadamard, "CPU")
 
 
 def main() -> None:
@@ -79,7 +96,6 @@ def scales(model: object) -> dict[str, object]:
 
 def layers(model: object, path: str) -> None:
     """What every quantized layer makes of four random rows that fill its range; runs inside the worker."""
-    import torch
     from safetensors.torch import save_file
 
     held: dict[str, torch.Tensor] = {}
@@ -97,8 +113,6 @@ def layers(model: object, path: str) -> None:
 
 def speeds(model: object, rows: int = 128, pairs: int = 15) -> list[float]:
     """Time of all quantized layers in float32 divided by that in vLLM's kernels, one by one in turn, ``[pairs]``."""
-    import torch
-
     held = []
     for module in model.modules():  # type: ignore[attr-defined]
         if getattr(getattr(module, "scheme", None), "kernel", None) is not None:

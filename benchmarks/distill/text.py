@@ -90,7 +90,7 @@ ARMS = {
     "plain, MCMI teacher": replace(CHOSEN, teacher=0.25),
     "plain, control teacher": replace(CHOSEN, teacher=0.0),
 }
-TRIALS = [CHOSEN, *(replace(CHOSEN, share=share) for share in (0.2, 0.5))]
+TRIALS = [CHOSEN, *(replace(CHOSEN, share=share) for share in (0.2, 0.5, 0.8))]
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def rotate_online(trials: Trials, best: Trial) -> list[Trial]:
         alphas = {name: alpha if ends[name] else a for name, a in zip(ends, smoothing.alphas, strict=True)}
         return trials.attempt(rotated(_smoothed(trials, base, alphas)), rival)
 
-    return [_walk(at, _ALPHA_ROTATED)]
+    return [_walk(trials, at, _ALPHA_ROTATED)]
 
 
 def scale(trials: Trials, best: Trial) -> list[Trial]:
@@ -202,15 +202,18 @@ def _pairs_left(trials: Trials, base: Candidate) -> list[Pair]:
 
 def _best_alpha(trials: Trials, base: Candidate, start: float, rival: Trial | None = None) -> Trial:
     """The best single alpha near the start."""
-    return _walk(lambda alpha, other: trials.attempt(_smoothed(trials, base, alpha), other), start, rival)
+    return _walk(trials, lambda alpha, other: trials.attempt(_smoothed(trials, base, alpha), other), start, rival)
 
 
-def _walk(at: Callable[[float, Trial | None], Trial], start: float, rival: Trial | None = None) -> Trial:
-    """Walks from an alpha in the direction that helps, up or else down, as long as it does.
+def _walk(
+    trials: Trials, at: Callable[[float, Trial | None], Trial], start: float, rival: Trial | None = None
+) -> Trial:
+    """Walks from an alpha in the direction that helps, up or else down, as long as it does and the target is missed.
 
     Where the start is clearly worse than the rival, its neighbours are not tried.
 
     Args:
+        trials: says whether the target is met.
         at: tries an alpha against a rival.
         start: the first alpha.
         rival: of the start.
@@ -218,7 +221,7 @@ def _walk(at: Callable[[float, Trial | None], Trial], start: float, rival: Trial
     best, reached = at(start, rival), start
     for step in (_STEP, -_STEP):
         alpha = round(start + step, 3)
-        while 0 <= alpha <= 1 and not best.given_up:
+        while 0 <= alpha <= 1 and not best.given_up and not trials.met(best):
             tried = at(alpha, best)
             if tried.worth >= best.worth:
                 break

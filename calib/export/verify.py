@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from calib.cures.restore import restore_cures
 from calib.errors import ArtifactError, CalibError
 from calib.export.checks import CHECKS, consumer_of
-from calib.export.manifest import MANIFEST, changed_files, read_manifest
+from calib.export.manifest import changed_files, read_manifest
 from calib.export.report import Verification
 from calib.scales.file import FILE_NAME, load_scales
 from calib.schema.export import ExportManifest

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from calib.cures.judge import Judge, Score
 from calib.cures.prefix import find_prefixes
 from calib.cures.ranges import smoothed_ranges
 from calib.cures.result import CureOptions
+from calib.cures.rungs import _walk
 from calib.cures.search import find_cure
 from calib.cures.trials import Trials
 from calib.errors import UsageError
@@ -236,6 +239,20 @@ def test_auto_rotates_inputs_of_language_models_only_for_those_are_served_by_pro
     of_encoder = measure(encoder, texts.select(range(3)), MeasureOptions())
     trials = Trials(encoder, of_encoder, texts.select(range(3)), texts.select(range(3, 6)), options, lambda line: None)
     assert trials.cures == ("smooth", "prefix", "rotate", "compensate", "keep")
+
+
+@pytest.mark.parametrize(("target", "tried"), [(0.0, [3, 4, 5, 6, 7]), (0.45, [3, 4, 5]), (0.8, [3])])
+def test_alphas_are_walked_only_while_that_helps_and_the_target_is_missed(target: float, tried: list[int]) -> None:
+    seen: list[int] = []
+
+    def at(alpha: float, rival: object) -> SimpleNamespace:
+        seen.append(round(10 * alpha))
+        return SimpleNamespace(worth=abs(alpha - 0.6) + 0.4, given_up=False)
+
+    trials = SimpleNamespace(met=lambda trial: trial.worth < target + 0.1)
+    best: Any = _walk(trials, at, 0.3)  # type: ignore[arg-type]
+    assert seen == tried
+    assert best.worth == pytest.approx(min(abs(alpha / 10 - 0.6) for alpha in tried) + 0.4)
 
 
 def test_a_prefix_outside_of_the_vocabulary_is_refused(opened: OpenedModel, blocks: TokenBlocks) -> None:

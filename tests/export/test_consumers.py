@@ -17,6 +17,8 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file
 
 from calib.corpus import build_blocks
+from calib.cures.input_rotation import InputRotation
+from calib.cures.rotate import OnlineRotation
 from calib.export import export_scales
 from calib.export.emulate import compressed_tensors_plan
 from calib.export.imatrix import gguf_names, input_energies
@@ -25,11 +27,12 @@ from calib.export.linears import FUSED
 from calib.export.onnx_emulate import token_feed
 from calib.export.onnx_lint import session
 from calib.export.read_aimet import read_aimet
-from calib.export.read_compressed_tensors import read_compressed_tensors
+from calib.export.read_compressed_tensors import CompressedLinear, read_compressed_tensors
 from calib.export.read_onnx import QdqGraph, read_onnx
+from calib.measurement import MeasureOptions, measure
 from calib.models import open_model
 from calib.quantized import QuantizedModel
-from calib.scales import load_scales
+from calib.scales import choose_scales, load_scales
 from tests.export.conftest import Lab, lab
 
 ROOT = Path(__file__).parents[2]
@@ -179,17 +182,48 @@ def test_vllm_holds_every_scale_and_multiplies_in_integers(llama: Lab, tmp_path:
         parts = [f"{parent}.{part}" for part in IN_VLLM.get(leaf, (leaf,))]
         layers = [checkpoint.linears[part] for part in parts]
         assert {scales[f"{name}.input_scale"]} == {layer.input_scale for layer in layers}, name
-        codes = torch.cat([layer.codes for layer in layers])
-        rows = torch.cat([layer.weight_scale for layer in layers]).double().reshape(-1)
-        scale = layers[0].input_scale
-        x = torch.randn(4, codes.shape[1], generator=torch.Generator().manual_seed(0)) * (scale * 60)
-        inputs = (x / scale).round().clamp(-128, 127).double()
-        exact = (inputs @ codes.double().T) * scale * rows
-        difference = (output.double() - exact).abs().max()
-        if IN_16_BITS:
-            exact = in_16_bits(inputs, codes.double()) * scale * rows
-            difference = min(difference, (output.double() - exact).abs().max())
-        assert difference < 1e-6 * exact.abs().max(), name
+        fused = CompressedLinear(
+            torch.cat([layer.codes for layer in layers]),
+            torch.cat([layer.weight_scale for layer in layers]),
+            layers[0].input_scale,
+            input_zero_point=0,
+        )
+        x = torch.randn(4, fused.codes.shape[1], generator=torch.Generator().manual_seed(0)) * (fused.input_scale * 60)
+        assert distance(output, fused, x) < 1e-6 * float(output.abs().max()), name
+
+
+def distance(output: torch.Tensor, layer: CompressedLinear, x: torch.Tensor) -> float:
+    """Largest difference between an output and that of exact integers, or of the 16 bits that x86 had before VNNI."""
+    inputs = (x / layer.input_scale).round().clamp(-128, 127).double()
+    products = [inputs @ layer.codes.double().T, *([in_16_bits(inputs, layer.codes.double())] if IN_16_BITS else [])]
+    step = layer.input_scale * layer.weight_scale.double().reshape(-1)
+    return min(float((output.double() - product * step).abs().max()) for product in products)
+
+
+@pytest.mark.consumer
+def test_vllm_rotates_the_inputs_that_the_checkpoint_names(llama: Lab, tmp_path: Path) -> None:
+    model = wide_llama(llama.opened.tokenizer, tmp_path / "model")
+    opened = open_model(model, device="cpu")
+    rotation = OnlineRotation.by_role(opened.model)
+    rotation.apply(opened.model)
+    opened = opened.cured([rotation.record().model_dump_json()])
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=4, max_length=32)
+    scales = choose_scales(measure(opened, blocks, MeasureOptions()))
+    scales = scales.model_copy(update={"cures": [rotation.record()]})
+    export_scales(scales, tmp_path / "int8", opened, to="compressed-tensors")
+    tokens = tokens_of(Lab(opened, llama.measurement), tmp_path / "tokens.json")
+    run("vllm", tmp_path / "int8", tokens, tmp_path / "out.json")
+    checkpoint = read_compressed_tensors(tmp_path / "int8")
+    outputs = load_file(tmp_path / "out.json.layers.safetensors")
+    assert set(rotation.modules) <= outputs.keys()
+    for name in rotation.modules:
+        layer = checkpoint.linears[name]
+        width = layer.codes.shape[1]
+        x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) * (layer.input_scale * 60)
+        rotated, plain = (distance(outputs[name], layer, rows) for rows in (InputRotation(width).rotate(x), x))
+        one_code = 127 * layer.input_scale * float(layer.weight_scale.max())  # a value between two may take the other
+        assert rotated <= one_code, name
+        assert plain > 10 * one_code, name
 
 
 @pytest.mark.consumer
