@@ -86,7 +86,7 @@ class Student:
 CHOSEN = Student()
 ARMS = {
     "plain": CHOSEN,
-    "friendly": replace(CHOSEN, share=0.5),
+    "friendly": replace(CHOSEN, share=0.8),
     "plain, MCMI teacher": replace(CHOSEN, teacher=0.25),
     "plain, control teacher": replace(CHOSEN, teacher=0.0),
 }

@@ -3,7 +3,9 @@
 
 Local errors mislead: what a rounding error costs is decided by the layers behind it. So candidates are compared by what
 comes out of the whole model: the Kullback-Leibler divergence of the next-token distribution where there is one, else
-the relative squared error of the output.
+the relative squared error of the output. The likelihood of the text, which users ask for, decides whether a target is
+met and nothing else: its differences between two candidates are as large as those of the divergence, and five times as
+noisy (SmolLM2, smoothing 0.7, 0.8 and 0.9 on the same seven blocks).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = ["Judge", "Score"]
 _MOST_BYTES = 1 << 30
 """Of reference outputs that are kept; rows beyond are not judged."""
 _HOPELESS = 0.25
-"""Of a rival's worth on the same blocks: what lies further behind, the others would not make up for."""
+"""Of a rival's divergence on the same blocks: what lies further behind, the others would not make up for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +49,6 @@ class Score:
     def mean(self) -> float:
         """Mean divergence."""
         return float(self.divergence.mean())
-
-    def worths(self, reference: NDArray[np.float64] | None) -> NDArray[np.float64]:
-        """What candidates are compared by, per block, lower is better: the mean of divergence and loss of likelihood.
-
-        The likelihood of the text is what users ask for, but noisy on few blocks; the divergence is steady, but weighs
-        tokens as the float model expects them, not as they are.
-
-        Args:
-            reference: likelihoods of the float model; None if nothing is predicted: the divergence alone counts.
-        """
-        if self.nll is None or reference is None:
-            return self.divergence
-        worths: NDArray[np.float64] = (self.divergence + (self.nll - reference[: len(self.nll)]).mean(1)) / 2
-        return worths
 
     def interval(self) -> Interval:
         """The same with a 90 % interval over blocks."""
@@ -124,7 +112,7 @@ class Judge:
         """Judges the model as it is now.
 
         Args:
-            rival: `Score.worths` of another candidate on these blocks. Once this one is clearly worse on the blocks so
+            rival: divergences of another candidate on these blocks. Once this one is clearly worse on the blocks so
                 far, the others are spared, and the score covers those so far.
 
         Raises:
@@ -142,11 +130,8 @@ class Judge:
                 error = (reference - output).double().square().flatten(1).sum(1)
                 divergence.append(error / reference.double().square().flatten(1).sum(1))
             score = self._score(divergence, nll)
-            worths = score.worths(self.reference_nll)
-            if rival is not None:
-                best = float(rival[: worths.size].mean())  # negative where chance favours it over the float model
-                if worths.mean() > best + _HOPELESS * abs(best):
-                    break
+            if rival is not None and score.mean > (1 + _HOPELESS) * float(rival[: score.divergence.size].mean()):
+                break
         return score
 
     def _score(self, divergence: list[torch.Tensor], nll: list[NDArray[np.float64]]) -> Score:

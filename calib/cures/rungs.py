@@ -122,8 +122,8 @@ def compensate(trials: Trials, best: Trial) -> list[Trial]:
             trials.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
             return []
         with QuantizedModel(model, replace(plan, inputs={})):
-            lost = max(0.0, float(judge.judge().worths(judge.reference_nll).mean()))
-        if lost <= _WEIGHTS_SHARE * best.worth or best.worth <= 0:
+            lost = judge.judge().mean
+        if lost <= _WEIGHTS_SHARE * best.worth:
             reason = f"rounding the weights costs {lost:.2g} of {best.worth:.2g} lost, too little"
             trials.skipped["compensate"] = reason
             return []

@@ -9,9 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
 from calib.corpus import TokenBlocks
 from calib.cures.candidate import Candidate
 from calib.cures.find import find_pairs
@@ -37,14 +34,13 @@ class Trial:
 
     candidate: Candidate
     score: Score
-    worths: NDArray[np.float64]
     ratio: Interval | None
     given_up: bool = False
 
     @property
     def worth(self) -> float:
-        """Mean over blocks, lower is better."""
-        return math.inf if self.given_up else float(self.worths.mean())
+        """Mean divergence, lower is better."""
+        return math.inf if self.given_up else self.score.mean
 
 
 class Trials:
@@ -117,10 +113,10 @@ class Trials:
         """Judges a candidate on the search blocks, and gives it up once it is clearly worse than a rival."""
         judge = self.judge("search", candidate.prefix_ids)
         with candidate.quantized(self.model):
-            score = judge.judge(None if rival is None or rival.given_up else rival.worths)
+            score = judge.judge(None if rival is None or rival.given_up else rival.score.divergence)
         given_up = len(score.divergence) < judge.blocks
         self._tell("search", candidate, score, judge, " (given up)" if given_up else "")
-        return Trial(candidate, score, score.worths(judge.reference_nll), score.ratio(judge.reference_nll), given_up)
+        return Trial(candidate, score, score.ratio(judge.reference_nll), given_up)
 
     def met(self, trial: Trial) -> bool:
         """Whether the target is met on the search blocks, by the upper end of the interval: they are few."""

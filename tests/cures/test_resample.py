@@ -87,7 +87,6 @@ def test_ranges_cover_words_that_the_text_lacks_and_the_scale_file_says_so(
     opened: OpenedModel, blocks: TokenBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # likelihoods under a random model are chance
-    monkeypatch.setattr(Score, "worths", lambda self, reference: self.divergence)
     monkeypatch.setattr(Score, "ratio", lambda self, reference: None)
     few = blocks.select([0] * 8)
     with torch.no_grad():
