@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from calib.distill.data import ImageSet, Records, TextSet, collate_texts
+from calib.distill.language import BlockSet
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask, Task
 from calib.errors import ArtifactError, UsageError
@@ -25,7 +26,15 @@ from calib.schema.distill import ImageInput, NetworkFile
 if TYPE_CHECKING:
     from calib.models import OpenedModel
 
-__all__ = ["Classifier", "classifier_of", "is_network", "load_network", "open_classifier", "save_network"]
+__all__ = [
+    "Classifier",
+    "classifier_of",
+    "is_network",
+    "keep_model",
+    "load_network",
+    "open_classifier",
+    "save_network",
+]
 
 _FILE = "classifier.json"
 _WEIGHTS = "model.safetensors"
@@ -36,7 +45,7 @@ class Classifier:
     """A model and how records become its inputs."""
 
     model: nn.Module
-    kind: Literal["image", "text"]
+    kind: Literal["image", "text", "language"]
     classes: int
     name: str
     task: Task
@@ -47,6 +56,8 @@ class Classifier:
 
     def dataset(self, records: Records) -> Dataset[Any]:
         """The records as this model reads them, labels in its order."""
+        if self.kind == "language":
+            return BlockSet(records)
         records = records.renamed(self.label_ids, self.name)
         if len(records.class_names) > self.classes:
             raise UsageError(
@@ -66,10 +77,17 @@ class Classifier:
         return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate)
 
     def batches(
-        self, records: Records, batch_size: int = 256, *, shuffle: bool = False, drop_last: bool = False
+        self, records: Records, batch_size: int | None = None, *, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader[Any]:
-        """A loader over records; no batch is larger than they are many."""
-        size = min(batch_size, len(records))
+        """A loader over records; no batch is larger than they are many.
+
+        Args:
+            records: samples.
+            batch_size: 256 if absent, of a language model 8: it has a decision at each position, over all tokens.
+            shuffle: by torch's global generator.
+            drop_last: no batch that is not full.
+        """
+        size = min(batch_size or (8 if self.kind == "language" else 256), len(records))
         return self.loader(self.dataset(records), batch_size=size, shuffle=shuffle, drop_last=drop_last)
 
     def of(self, model: nn.Module, name: str | None = None) -> Classifier:
@@ -132,6 +150,18 @@ def classifier_of(found: OpenedModel, reference: str) -> Classifier:
         image=None if text else _image_input(found.folder, reference),
         tokenizer=found.tokenizer,
     )
+
+
+def keep_model(folder: Path, classifier: Classifier, network: str | None) -> None:
+    """Writes a network of ours or a language model into a new folder; of what has neither form it writes nothing."""
+    if network is not None:
+        folder.mkdir(exist_ok=True)
+        save_network(folder, classifier, network)
+    elif classifier.kind == "language":
+        model: Any = classifier.model
+        model.save_pretrained(folder)
+        if classifier.tokenizer is not None:
+            classifier.tokenizer.save_pretrained(folder)
 
 
 def save_network(folder: Path, classifier: Classifier, network: str) -> None:

@@ -55,4 +55,6 @@ def shortened(encoder: nn.Module, layers: int) -> nn.Module:
     setattr(parent, name.rpartition(".")[2], nn.ModuleList(list(longest)[:layers]))
     config: Any = encoder.config
     config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
     return encoder

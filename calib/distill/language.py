@@ -11,19 +11,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from calib.corpus import TokenBlocks
 from calib.distill.cmi import measure_information
+from calib.distill.data import Records
 from calib.distill.grouping import RowGrouping, frequent_rows
 from calib.distill.information import ClassInformation
 from calib.distill.task import CausalLanguageTask
+from calib.errors import CorpusError
 
-__all__ = ["BlockSet", "block_loader", "language_information", "next_token_counts"]
+__all__ = ["BlockSet", "block_loader", "block_records", "language_information", "next_token_counts"]
 
 
 class BlockSet(Dataset[dict[str, Tensor]]):
     """Samples with `input_ids` and `attention_mask` int64 `[length]` and `index`."""
 
-    def __init__(self, blocks: TokenBlocks) -> None:
-        self.ids = torch.from_numpy(blocks.input_ids)
-        self.mask = (torch.arange(self.ids.shape[1]) < torch.from_numpy(blocks.lengths)[:, None]).long()
+    def __init__(self, blocks: TokenBlocks | Records) -> None:
+        if isinstance(blocks, Records):
+            self.ids = torch.stack(list(blocks.inputs))
+            self.mask = torch.ones_like(self.ids)
+        else:
+            self.ids = torch.from_numpy(blocks.input_ids)
+            self.mask = (torch.arange(self.ids.shape[1]) < torch.from_numpy(blocks.lengths)[:, None]).long()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,7 +43,18 @@ def block_loader(blocks: TokenBlocks, *, batch_size: int = 8, shuffle: bool = Fa
     return DataLoader(BlockSet(blocks), batch_size=batch_size, shuffle=shuffle)
 
 
-def next_token_counts(blocks: TokenBlocks, classes: int) -> Tensor:
+def block_records(blocks: TokenBlocks, source: str) -> Records:
+    """Full blocks as records, int64 ``[length]`` each; their one class stands for text.
+
+    Raises:
+        CorpusError: a block is not full.
+    """
+    if (blocks.lengths != blocks.input_ids.shape[1]).any():
+        raise CorpusError(f"data {source}: too little text for full blocks; give more, or a smaller max_length")
+    return Records(list(torch.from_numpy(blocks.input_ids)), (0,) * len(blocks), ("text",), source)
+
+
+def next_token_counts(blocks: TokenBlocks | Records, classes: int) -> Tensor:
     """How often each token follows another one in the blocks, int64 `[V]`."""
     found = BlockSet(blocks)
     return torch.bincount(found.ids[:, 1:][found.mask[:, 1:] == 1], minlength=classes)

@@ -11,13 +11,17 @@ import torch
 from calib.distill.classifier import Classifier, open_classifier
 from calib.distill.data import Records, read_records, split_off, stratified_share
 from calib.distill.encoder import EncoderClassifier, shortened
+from calib.distill.language import block_records
 from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
-from calib.distill.task import ClassificationTask
+from calib.distill.task import CausalLanguageTask, ClassificationTask
 from calib.errors import UsageError
 from calib.schema.distill import DistillRecipe, ModelRecipe, OptimiserRecipe
 
 __all__ = ["RecipeData", "make_classifier", "optimiser_settings", "read_data"]
+
+_BLOCKS = 128
+"""Of text, if a recipe does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ def read_data(recipe: DistillRecipe) -> RecipeData:
         UsageError: training and test data name other classes.
     """
     data = recipe.data
+    if recipe.task == "text-generation":
+        return _read_blocks(recipe)
     train, test = read_records(data.source, data.train_split), read_records(data.source, data.test_split)
     if train.class_names != test.class_names:
         if not set(test.class_names) <= set(train.class_names):
@@ -52,6 +58,23 @@ def read_data(recipe: DistillRecipe) -> RecipeData:
         train = train.select(stratified_share(train.labels, data.limit / len(train)))
     parts = split_off(train, data.validation_share)
     return RecipeData(parts.train, parts.validation, test)
+
+
+def _read_blocks(recipe: DistillRecipe) -> RecipeData:
+    """Text as token blocks of the teacher's tokenizer."""
+    from calib.corpus import build_blocks
+    from calib.models.source import locate
+    from calib.models.tokens import load_tokenizer
+
+    data, model = recipe.data, str(recipe.teacher.model)
+    tokenizer = load_tokenizer(locate(model).folder, model)
+    blocks = build_blocks([data.source], tokenizer, samples=data.limit or _BLOCKS, max_length=data.max_length)
+    parts = split_off(block_records(blocks, data.source), data.validation_share)
+    held_out = len(parts.validation)
+    if len(parts.train) <= held_out:
+        raise UsageError(f"{data.source}: {len(blocks)} blocks, too few to train, validate and test; raise data.limit")
+    rest = split_off(parts.train, held_out / len(parts.train), seed=1)
+    return RecipeData(rest.train, parts.validation, rest.validation)
 
 
 def _check_classes(train: Records, source: str) -> None:
@@ -73,6 +96,8 @@ def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData
     Raises:
         UsageError: kind of model and task do not fit, or a checkpoint has other classes.
     """
+    if recipe.task == "text-generation":
+        return _language_model(source, device)
     text = recipe.task == "text-classification"
     if text and source.network is not None:
         raise UsageError(f"network {source.network}: is for images; name an encoder or a model for texts")
@@ -99,6 +124,16 @@ def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData
             torch.manual_seed(seed)
             found = _encoder(source, data, device) if text else _network(source, recipe, data, device)
     return replace(found, label_ids=names, max_length=recipe.data.max_length)
+
+
+def _language_model(source: ModelRecipe, device: str) -> Classifier:
+    from calib.models import open_model
+
+    name = str(source.model)
+    found = open_model(name, task="text-generation", device=device, dtype="float32")
+    model = found.model if source.layers is None else shortened(found.model, source.layers)
+    classes = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    return Classifier(model, "language", classes, name, CausalLanguageTask(), tokenizer=found.tokenizer)
 
 
 def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:

@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader
 from calib import __version__
 from calib.distill.centroids import ClassBalancedBatches
 from calib.distill.checkpoint import Checkpoint
-from calib.distill.classifier import Classifier, save_network
+from calib.distill.classifier import Classifier, keep_model
 from calib.distill.cmi import measure_information
 from calib.distill.data import Records, collate_texts
 from calib.distill.distillation import EpochRecord
 from calib.distill.gains import paired_gains
+from calib.distill.grouping import RowGrouping, frequent_rows
+from calib.distill.language import next_token_counts
 from calib.distill.prepare import RecipeData, make_classifier, optimiser_settings, read_data
 from calib.distill.protocols import (
     Condition,
@@ -117,6 +119,7 @@ class _Run:
     students: list[StudentRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     covered_area: dict[str, float] | None = None
+    grouping: RowGrouping | None = None
 
     def __post_init__(self) -> None:
         self.kept = self.work or self.folder
@@ -153,6 +156,11 @@ class _Run:
     def _teachers(self, seed: int) -> dict[TeacherName, Classifier]:
         recipe = self.recipe
         mll = make_classifier(recipe.teacher, recipe, self.data, seed, self.device)
+        if mll.kind == "language" and self.grouping is None:
+            # rows for each temperature are in memory together
+            memory = recipe.mcmi.row_memory * 1_000_000 // max(1, len(recipe.temperatures))
+            counts = next_token_counts(self.data.train, mll.classes)
+            self.grouping = frequent_rows(counts, memory_bytes=memory)
         if recipe.teacher.model is None:
             training = recipe.teacher.training
             train_student(
@@ -196,6 +204,7 @@ class _Run:
             "progress": self.progress,
             "checkpoints": None if self.work is None else self.work / f"fine-tuned-{seed}",
             "ranks": self.ranks,
+            "grouping": self.grouping,
         }
         if plan.refresh == "ema":
             sampler = ClassBalancedBatches(
@@ -222,10 +231,15 @@ class _Run:
     def _teacher_row(self, seed: int, name: TeacherName, classifier: Classifier, run: TeacherRun | None) -> None:
         def summary(records: Records) -> dict[str, Any]:
             loader = classifier.batches(records)
-            return measure_information(classifier.model, loader, task=classifier.task)[0].summary().to_dict()
+            found = measure_information(classifier.model, loader, task=classifier.task, **shared)
+            return found[0].summary().to_dict()
 
+        rows = self.grouping
+        shared: dict[str, Any] = {} if rows is None else {"rows": (rows.rows, rows.row_of_label), "separation": False}
         loader = classifier.batches(self.data.train)
-        points = temperature_study({name: classifier.model}, loader, self.recipe.temperatures, classifier.task)
+        points = temperature_study(
+            {name: classifier.model}, loader, self.recipe.temperatures, classifier.task, **shared
+        )
         row = TeacherRow(
             seed=seed,
             teacher=name,
@@ -252,11 +266,8 @@ class _Run:
         return [(Condition("full", train, _per_class(train)), ())]
 
     def _keep(self, found: dict[TeacherName, Classifier]) -> None:
-        network = self.recipe.teacher.network
         for name, classifier in found.items():
-            if network is not None:
-                (self.folder / f"teacher-{name}").mkdir()
-                save_network(self.folder / f"teacher-{name}", classifier, network)
+            keep_model(self.folder / f"teacher-{name}", classifier, self.recipe.teacher.network)
         first = next(iter(found.values()))
         if first.kind != "image":
             return

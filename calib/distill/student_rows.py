@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 
 from calib.distill.checkpoint import Checkpoint
-from calib.distill.classifier import Classifier, save_network
+from calib.distill.classifier import Classifier, keep_model
+from calib.distill.cmi import measure_information
 from calib.distill.data import stratified_share
 from calib.distill.distillation import EpochRecord
 from calib.distill.prepare import RecipeData, make_classifier, optimiser_settings
@@ -45,7 +47,7 @@ class StudentTrainer:
         data: its data.
         seed: of weights and order.
         device: auto, cpu or cuda.
-        kept: folder for students that are worth keeping, those for quantization.
+        kept: folder for students that are worth keeping: of the first seed those for quantization and language models.
         work: folder for checkpoints and finished rows, if any.
         ranks: processes that share each batch.
         log: gets each epoch.
@@ -124,8 +126,9 @@ class StudentTrainer:
             name=name,
             log=self.log,
         )
-        test = student.batches(self.data.test)
-        found = zero_shot_result(student.model, test, omitted, student.task)
+        worth_keeping = variant == "friendly" or student.kind == "language"
+        if worth_keeping and self.seed == self.recipe.seeds[0] and self.ranks.main:
+            keep_model(self.kept / f"student-{file}", student, self.recipe.student.network)
         row = StudentRow(
             seed=self.seed,
             teacher=teacher_name,
@@ -135,10 +138,7 @@ class StudentTrainer:
             samples=len(condition.records),
             samples_per_class=condition.per_class,
             steps=run.steps,
-            accuracy=float(found.confusion.diagonal().sum() / found.confusion.sum()),
-            omitted_recall=found.omitted_recall if omitted else None,
-            kept_accuracy=found.kept_accuracy if omitted else None,
-            confusion=found.confusion.tolist() if omitted else None,
+            **self._judged(student, omitted),
             deployment=self._deployment(student, condition, run, file, variant),
         )
         if row_path is not None and self.ranks.main:
@@ -147,6 +147,25 @@ class StudentTrainer:
             checkpoint.path.unlink(missing_ok=True)
         self.ranks.wait()
         return row
+
+    def _judged(self, student: Classifier, omitted: tuple[int, ...]) -> dict[str, Any]:
+        """Fields of the row, from the test data."""
+        test = student.batches(self.data.test)
+        if student.kind == "language":  # a table of all pairs of tokens would fill the memory
+            shared = (1, torch.zeros(student.classes, dtype=torch.long))
+            found = measure_information(student.model, test, task=student.task, separation=False, rows=shared)
+            summary = found[0].summary()
+            return {"accuracy": summary.accuracy, "log_likelihood": summary.log_likelihood}
+        result = zero_shot_result(student.model, test, omitted, student.task)
+        accuracy = float(result.confusion.diagonal().sum() / result.confusion.sum())
+        if not omitted:
+            return {"accuracy": accuracy}
+        return {
+            "accuracy": accuracy,
+            "omitted_recall": result.omitted_recall,
+            "kept_accuracy": result.kept_accuracy,
+            "confusion": result.confusion.tolist(),
+        }
 
     def _deployment(
         self, student: Classifier, condition: Condition, run: StudentRun, file: str, variant: Variant
@@ -164,16 +183,13 @@ class StudentTrainer:
         calibration, test = student.batches(records), student.batches(self.data.test)
         deployed = deploy(student.model, student.task, calibration, test, name=student.name, learned=run.plan)
         feed = None
-        if student.kind == "text":
+        if student.kind != "image":
             batch = next(iter(calibration))
             feed = {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
         opened = onnx_student(student.model, deployed.scales.model)
         latency, reason = latency_or_reason(opened, deployed.scales, feed)
-        network = self.recipe.student.network
-        if variant == "friendly" and network is not None and self.seed == self.recipe.seeds[0] and self.ranks.main:
-            folder = self.kept / f"student-{file}"
-            folder.mkdir(exist_ok=True)
-            save_network(folder, student, network)
+        folder = self.kept / f"student-{file}"
+        if folder.exists() and self.ranks.main:
             save_scales(deployed.scales, folder)
         return deployed.record.model_copy(update={"latency": latency, "no_latency": reason})
 

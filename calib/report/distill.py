@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -66,11 +67,13 @@ def print_report(report: DistillReport) -> None:
         table.add_row(name, ", ".join(f"{s:g}" for s in strengths), *cells)
     console.print(table)
     zero_shot = report.recipe.protocol.kind == "zero-shot"
+    language = report.recipe.task == "text-generation"
     columns = [
         "condition",
         "samples",
         "student by",
         *(["omitted recall", "kept accuracy"] if zero_shot else ["accuracy"]),
+        *(["perplexity"] if language else []),
     ]
     table = Table(title="students, test data after the last step, mean over seeds")
     for column in columns:
@@ -80,6 +83,7 @@ def print_report(report: DistillReport) -> None:
         keys = ("omitted_recall", "kept_accuracy") if zero_shot else ("accuracy",)
         first = group[0]
         means = [_mean([getattr(row, key) for row in group], 4) for key in keys]
+        means += [f"{mean_perplexity(group):.2f}"] if language else []
         table.add_row(escape(first.condition), str(first.samples), student_label(first, variant=several), *means)
     console.print(table)
     if several:
@@ -100,6 +104,11 @@ def student_label(row: StudentRow, *, variant: bool) -> str:
     """How a student was trained, in words."""
     label = row.framework if row.teacher == "none" else f"{row.framework} of {row.teacher}"
     return f"{label}, {row.variant}" if variant else label
+
+
+def mean_perplexity(rows: Sequence[StudentRow]) -> float:
+    """Of language models, from the mean log-likelihood over seeds."""
+    return math.exp(-sum(row.log_likelihood or 0.0 for row in rows) / len(rows))
 
 
 def by_seed(students: Sequence[StudentRow]) -> list[list[StudentRow]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calib.report.distill import by_seed, deployment_cells, student_label
+from calib.report.distill import by_seed, deployment_cells, mean_perplexity, student_label
 
 if TYPE_CHECKING:
     from calib.schema.distill import DistillReport, ModelRecipe
@@ -32,10 +32,12 @@ def _lines(report: DistillReport, folder: Path) -> Iterator[str]:
     yield from ("---", "library_name: calib", f"pipeline_tag: {recipe.task}", "tags: [distillation]", "---")
     yield from (f"# {recipe.metadata.title}", "", recipe.metadata.description, "")
     data = report.data
+    what, unit = f"{data['classes']} classes", "samples"
+    if recipe.task == "text-generation":
+        what, unit = "the class of a position is its next token", f"blocks of {recipe.data.max_length} tokens"
     yield (
-        f"Data: `{recipe.data.source}`, {data['classes']} classes; {data['train']} samples to train on, "
-        f"{data['validation']} to choose lambda by, {data['test']} to judge by. Nothing was chosen on test data; "
-        "accuracy is that after the last step."
+        f"Data: `{recipe.data.source}`, {what}; {data['train']} {unit} to train on, {data['validation']} to choose "
+        f"lambda by, {data['test']} to judge by. Nothing was chosen on test data; accuracy is that after the last step."
     )
     yield from ("", f"Teacher: {_source(recipe.teacher)}. Student: {_source(recipe.student)}. ", "")
     yield from _teachers(report)
@@ -68,7 +70,7 @@ def _source(model: ModelRecipe) -> str:
     if model.encoder is not None:
         layers = "" if model.layers is None else f", its first {model.layers} layers"
         return f"`{model.encoder}`{layers}, with a fresh head"
-    return f"`{model.model}` as it is"
+    return f"`{model.model}`" + (" as it is" if model.layers is None else f", its first {model.layers} layers")
 
 
 def _teachers(report: DistillReport) -> Iterator[str]:
@@ -84,12 +86,15 @@ def _teachers(report: DistillReport) -> Iterator[str]:
 
 def _students(report: DistillReport) -> Iterator[str]:
     several = len({row.variant for row in report.students}) > 1
-    yield from ("## Students", "", "| condition | samples | by | accuracy, test |", "|---|---|---|---|")
+    language = any(row.log_likelihood is not None for row in report.students)
+    more, line = (" perplexity, test |", "---|") if language else ("", "")
+    yield from ("## Students", "", f"| condition | samples | by | accuracy, test |{more}", f"|---|---|---|---|{line}")
     for rows in by_seed(report.students):
         first = rows[0]
         by = student_label(first, variant=several)
         accuracy = _mean([row.accuracy for row in rows])
-        yield f"| {first.condition} | {first.samples} | {by} | {accuracy:.2%} |"
+        last = f" {mean_perplexity(rows):.2f} |" if language else ""
+        yield f"| {first.condition} | {first.samples} | {by} | {accuracy:.2%} |{last}"
     for gain in report.gains:
         spread = "" if gain.standard_error is None else f" ± {gain.standard_error:.4f} (s.e.)"
         yield from (

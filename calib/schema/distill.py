@@ -80,7 +80,11 @@ class TrainingRecipe(Strict):
 
 
 class DataRecipe(Strict):
-    """Where labelled samples come from. Validation data are split off the training data, stratified."""
+    """Where samples come from. Validation data are split off the training data, stratified.
+
+    For a language model the source is text as `calib measure --data` takes it, cut into blocks of `max_length` tokens;
+    `limit` is the number of all blocks (128 if absent), and as many as validate also test.
+    """
 
     source: str = Field(description="hub:OWNER/NAME, folder or file; see `calib distill cmi --help`")
     train_split: str = "train"
@@ -96,16 +100,16 @@ class ModelRecipe(Strict):
 
     network: str | None = Field(default=None, description="Built-in image network with fresh weights, trained here")
     encoder: str | None = Field(default=None, description="Text encoder that gets a fresh head, trained here")
-    layers: int | None = Field(default=None, ge=1, description="Of an encoder, keep the first so many layers")
-    model: str | None = Field(default=None, description="Hub id or folder of a trained classifier")
+    layers: int | None = Field(default=None, ge=1, description="Of an encoder or a language model, keep so many")
+    model: str | None = Field(default=None, description="Hub id or folder of a trained classifier or language model")
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:
         if sum(source is not None for source in (self.network, self.encoder, self.model)) != 1:
             raise ValueError("exactly one of network, encoder and model is needed")
-        if self.layers is not None and self.encoder is None:
-            raise ValueError("layers belongs to an encoder")
+        if self.layers is not None and self.network is not None:
+            raise ValueError("layers belongs to an encoder or a language model")
         return self
 
 
@@ -124,6 +128,7 @@ class McmiRecipe(Strict):
     refresh: Literal["epoch", "ema"] = "epoch"
     ema_momentum: float = Field(default=0.95, ge=0, lt=1)
     control: bool = Field(default=True, description="Also fine-tune with lambda = 0, the fair baseline")
+    row_memory: int = Field(default=1000, ge=1, description="MB for the centroids of a language model")
 
     @model_validator(mode="after")
     def _strengths_are_possible(self) -> McmiRecipe:
@@ -204,7 +209,7 @@ class DistillRecipe(Strict):
     """The whole of a recipe for `calib distill run`."""
 
     metadata: RecipeMetadata
-    task: Literal["image-classification", "text-classification"]
+    task: Literal["image-classification", "text-classification", "text-generation"]
     data: DataRecipe
     teacher: TeacherRecipe
     mcmi: McmiRecipe = Field(default_factory=McmiRecipe)
@@ -215,6 +220,19 @@ class DistillRecipe(Strict):
     tensorboard: bool = Field(
         default=False, description="Write the losses for TensorBoard too; log.csv has them anyway"
     )
+
+    @model_validator(mode="after")
+    def _language_models_are_given(self) -> DistillRecipe:
+        if self.task == "text-generation":
+            if self.teacher.model is None or self.student.model is None:
+                raise ValueError("text-generation: teacher and student each need a model; layers makes one smaller")
+            if self.protocol.kind == "zero-shot" or self.mcmi.refresh == "ema":
+                raise ValueError("text-generation: tokens cannot be left out, nor drawn in balance; choose another")
+        elif self.teacher.model is not None and self.teacher.layers is not None:
+            raise ValueError("teacher: layers belongs to an encoder or a language model")
+        elif self.student.model is not None and self.student.layers is not None:
+            raise ValueError("student: layers belongs to an encoder or a language model")
+        return self
 
 
 class TeacherRow(Strict):
@@ -287,7 +305,8 @@ class StudentRow(Strict):
     samples: int
     samples_per_class: int
     steps: int
-    accuracy: float = Field(description="Over all test samples")
+    accuracy: float = Field(description="Over all test samples; of next tokens for a language model")
+    log_likelihood: float | None = Field(default=None, description="Of next tokens of the test data, mean, in nats")
     omitted_recall: float | None = None
     kept_accuracy: float | None = None
     confusion: list[list[int]] | None = None

@@ -32,6 +32,7 @@ def temperature_study(
     loader: Iterable[Any],
     temperatures: Sequence[float] = TEMPERATURES,
     task: Task | None = None,
+    **options: Any,
 ) -> list[TemperaturePoint]:
     """One pass per teacher, all temperatures at once.
 
@@ -40,10 +41,11 @@ def temperature_study(
         loader: data that can be read again.
         temperatures: of the softmax.
         task: how to read a batch.
+        options: what else `measure_information` takes.
     """
     points = []
     for name, model in teachers.items():
-        for information in measure_information(model, loader, task=task, temperatures=temperatures):
+        for information in measure_information(model, loader, task=task, temperatures=temperatures, **options):
             found = information.summary()
             points.append(TemperaturePoint(name, found.temperature, found.cmi, found.ncmi))
     return points
