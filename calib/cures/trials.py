@@ -87,12 +87,12 @@ class Trials:
         self.skipped |= {f"smooth {name}": reason for name, reason in pairs.skipped.items()}
         return pairs
 
-    @property
+    @cached_property
     def predicts(self) -> bool:
-        """Whether the model predicts tokens."""
+        """Whether the model predicts tokens; first asked for while it is in its original state."""
         return self.judge("search", ()).reference_nll is not None
 
-    @property
+    @cached_property
     def cures(self) -> tuple[str, ...]:
         """The allowed ones, `auto` spelled out."""
         auto = AUTO_DECODER if self.predicts else AUTO
