@@ -118,7 +118,7 @@ def test_an_export_of_another_program_is_read_without_our_files(llama: Lab, tmp_
     checked = verify_export(folder)
     assert checked.problems == []
     assert checked.consumer is not None
-    assert "no calib_export.json" in checked.not_checked[0]
+    assert "no scales.json" in checked.not_checked[0]
 
 
 def test_the_command_sets_published_ranges_beside_ones_own(

@@ -76,6 +76,7 @@ def test_transformers_with_the_transforms_of_compressed_tensors_computes_what_wa
 ) -> None:
     found = verify_export(cured, "transformers")
     assert not found.problems
+    assert not found.not_checked  # values too: the scale file lies beside the checkpoint
     report = found.consumer
     assert report is not None
     assert report.layers_exact == report.layers > 0
