@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static INT8 of SmolLM2-135M on Moby-Dick: what each cure buys, against float with the same tokens in context.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/quality.py             # about half an hour on two quiet cores
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/quality.py             # about an hour on two quiet cores
 
 Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for the searches; 200,000.. evaluation
 (48 x 512 for what `auto` chooses, 24 for the rows beside it; the first 12 of them to compare with older figures).

@@ -16,6 +16,7 @@ import time
 from importlib.metadata import version
 
 import torch
+from torch import library
 
 TOP = 20
 
@@ -29,7 +30,7 @@ def hadamard(x: torch.Tensor, inplace: bool) -> torch.Tensor:
 
 
 if not torch.cuda.is_available():  # on import: workers, which are processes of their own, need it too
-    LIBRARY = torch.library.Library("_C", "FRAGMENT")
+    LIBRARY = library.Library("_C", "FRAGMENT")
     LIBRARY.define("hadacore_transform(Tensor x, bool inplace) -> Tensor")
     LIBRARY.impl("hadacore_transform", hadamard, "CPU")
 

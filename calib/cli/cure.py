@@ -117,7 +117,7 @@ def _print(cured: Cured, output: Path, layers: int | None, given: dict[str, Any]
         if layers is not None:
             click.echo(f"wrote a compressed-tensors checkpoint: {layers} layers in INT8")
         else:
-            click.echo("no checkpoint: it takes 8 bits, and no operation that a consumer would have to know of")
+            click.echo("no checkpoint: it takes 8 bits, and no operation that it cannot name")
 
 
 def _options(given: dict[str, Any]) -> CureOptions:

@@ -4,8 +4,8 @@
 Local errors mislead: what a rounding error costs is decided by the layers behind it. So candidates are compared by what
 comes out of the whole model: the Kullback-Leibler divergence of the next-token distribution where there is one, else
 the relative squared error of the output. The likelihood of the text, which users ask for, decides whether a target is
-met and nothing else: its differences between two candidates are as large as those of the divergence, and five times as
-noisy (SmolLM2, smoothing 0.7, 0.8 and 0.9 on the same seven blocks).
+met and nothing else: its differences between two candidates are as large as those of the divergence, and several
+times as noisy (benchmarks/candidate_noise.py).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ CURES: dict[str, str] = {
     "keep": "the fewest layers left in float, by measured effect; an ignore list",
 }
 AUTO = ("smooth", "prefix", "rotate", "compensate")
-AUTO_DECODER = ("smooth", "prefix", "rotate", "rotate-online", "compensate")
+AUTO_DECODER = (*AUTO, "rotate-online")
 """What `auto` stands for: of models that predict tokens there is a server (vLLM) that computes a rotation."""
 
 

@@ -19,7 +19,7 @@ import torch
 
 from calib.errors import ArtifactError, ModelError, UsageError
 from calib.export.checkpoint import copy_companions, read_config, save_weights, write_config
-from calib.export.formats import register
+from calib.export.formats import FORMATS, register
 from calib.export.linears import AttentionRange, LinearRange, Linears, attention_ranges, linear_ranges
 from calib.export.request import ExportRequest, ExportSummary
 from calib.export.transform_config import transform_config, transform_tensors
@@ -93,8 +93,9 @@ def write_checkpoint(
 
 
 def holds_online(scales: ScaleFile) -> bool:
-    """Whether a checkpoint can say all that its reader must compute beyond loading it: rotations it can."""
-    return all(cure.needs != "online-op" or cure.name == "rotate-online" for cure in scales.cures)
+    """Whether a checkpoint can say all that its reader must compute beyond loading it."""
+    held = FORMATS["compressed-tensors"].cures
+    return all(cure.needs != "online-op" or cure.name in held for cure in scales.cures)
 
 
 @register(

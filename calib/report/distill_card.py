@@ -70,7 +70,7 @@ def _source(model: ModelRecipe) -> str:
     if model.encoder is not None:
         layers = "" if model.layers is None else f", its first {model.layers} layers"
         return f"`{model.encoder}`{layers}, with a fresh head"
-    return f"`{model.model}`" + (" as it is" if model.layers is None else f", its first {model.layers} layers")
+    return f"`{model.model}`" + (" as it is" if model.layers is None else f", {model.layers} of its layers")
 
 
 def _teachers(report: DistillReport) -> Iterator[str]:

@@ -228,7 +228,7 @@ def test_auto_rotates_inputs_of_language_models_only_for_those_are_served_by_pro
     few, held_out = blocks.select(range(8)), blocks.select(range(8, 12))
     options = CureOptions(cures=("auto", "keep"))
     found = Trials(opened, measurement, few, held_out, options, lambda line: None).cures
-    assert found == ("smooth", "prefix", "rotate", "rotate-online", "compensate", "keep")
+    assert found == ("smooth", "prefix", "rotate", "compensate", "rotate-online", "keep")
     encoder = open_model(tiny_bert, device="cpu")
     texts = build_blocks(["builtin:speeches"], encoder.tokenizer, samples=6, max_length=32)
     of_encoder = measure(encoder, texts.select(range(3)), MeasureOptions())
