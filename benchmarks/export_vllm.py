@@ -13,9 +13,14 @@ nothing is rounded. And calib's quantized model against itself with embeddings c
 codes takes the other one, as it does where float sums are added in another order, and the difference spreads. The
 largest change of a best token's log-probability in that control is the allowance for margins of greedy text.
 
-The cured model is smoothed and has a few layers in float, which any checkpoint holds (`--cure smooth,keep`).
+The cured model is what any checkpoint holds: smoothed, rotated in its weights, these rounded with error compensation,
+and a few layers in float (`--cure smooth,rotate,compensate,keep`).
 
-Speed is that of all quantized layers together, 128 rows, against float32 products of the same shapes, in turn.
+On a processor with AMX vLLM takes a kernel that quantizes each token of symmetric inputs itself, and stops if
+activations are float32; there the static kernel is put in its place, and the result says so.
+
+Speed is that of all quantized layers together, 128 rows, against float32 products of the same shapes, in turn; and of
+the whole model in turn with the float model in another process: reading prompts, and writing.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import math
 import os
 import subprocess
 import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +56,10 @@ from calib.schema.scales import ScaleFile
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".consumers" / "vllm" / "bin" / "python"
 NUDGE = 1e-4
+TURNS = 15
+TASKS = {"reading 4 prompts of 256 tokens": (4, 256, 1), "writing 32 tokens for each of 4 prompts": (4, 16, 32)}
+"""Rows, tokens of a prompt, new tokens."""
+CURES = ("smooth", "rotate", "compensate", "keep")
 KEPT = 3
 """Layers that the cure may leave in float, the largest range against the usual first: an ignore list."""
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -73,6 +82,7 @@ def main() -> None:
         opened.tokenizer.save_pretrained(plain)
         slow = run(plain, prompts, folder / "float.json")
         results["vllm"] = slow["vllm"]
+        results["static kernel instead of that of AMX"] = slow["instead_of_amx"]
         results["float model in vLLM against transformers"] = compare(opened, None, prompts, slow)
         kinds: dict[str, dict[str, Any]] = {
             "symmetric": {},
@@ -82,21 +92,22 @@ def main() -> None:
             scales = choose_scales(measurement, **options)
             results[name] = examine(opened, scales, folder / name.replace(", ", "_").replace(" ", "_"), prompts)
             write("export_vllm", results)
-        held_out = build_blocks([], opened.tokenizer, samples=10, max_length=256, seed=7)
-        cured = find_cure(opened, measurement, blocks, held_out, CureOptions(cures=("smooth", "keep"), keep=KEPT))
+        held_out = build_blocks([], opened.tokenizer, samples=20, max_length=256, seed=7)
+        cured = find_cure(opened, measurement, blocks, held_out, CureOptions(cures=CURES, keep=KEPT))
         results["cured"] = {
             "cure": cured.candidate.name,
             "quality": {
                 row.name: {"kl": row.divergence.value, "ratio": row.ratio and row.ratio.value} for row in cured.rows
             },
-            **examine(cured.opened, cured.scales, folder / "cured", prompts),
+            **examine(cured.opened, cured.scales, folder / "cured", prompts, weights=cured.plan.rounded),
+            "model_speed": {dtype: model_speed(plain, folder / "cured", dtype) for dtype in ("float32", "bfloat16")},
         }
         write("export_vllm", results)
 
 
-def examine(opened: OpenedModel, scales: ScaleFile, out: Path, prompts: list[list[int]]) -> dict[str, Any]:
+def examine(opened: OpenedModel, scales: ScaleFile, out: Path, prompts: list[list[int]], **more: Any) -> dict[str, Any]:
     """Exports scales, loads them in transformers and vLLM, and compares."""
-    export_scales(scales, out, opened, to="compressed-tensors")
+    export_scales(scales, out, opened, to="compressed-tensors", **more)
     checked = verify_export(out)
     assert checked.passed, checked.problems
     assert checked.consumer is not None
@@ -116,19 +127,10 @@ def run(folder: Path, prompts: list[list[int]], out: Path) -> dict[str, Any]:
     """What vLLM computes."""
     tokens = out.with_suffix(".tokens")
     tokens.write_text(json.dumps(prompts))
-    settings = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
     script = str(ROOT / "benchmarks" / "consumers" / "vllm_run.py")
-    environment = {**os.environ, **settings}
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [str(PYTHON), script, str(folder), str(tokens), str(out)],
-        env=environment,
+        env=vllm_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -136,6 +138,70 @@ def run(folder: Path, prompts: list[list[int]], out: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"vLLM failed on {folder.name}: {done.stderr[-2000:]}")
     return dict(json.loads(out.read_text()))
+
+
+def vllm_environment() -> dict[str, str]:
+    settings = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
+
+
+def model_speed(plain: Path, quantized: Path, dtype: str) -> dict[str, Any]:
+    """Time of the float model over that of the quantized one, both in vLLM with activations of a dtype."""
+    script = str(ROOT / "benchmarks" / "consumers" / "vllm_speed.py")
+    found: dict[str, Any] = {}
+    for task, (rows, tokens, new) in TASKS.items():
+        arguments = (dtype, str(rows), str(tokens), str(new))
+        with ExitStack() as running:
+            both = [
+                running.enter_context(
+                    subprocess.Popen(
+                        [str(PYTHON), script, str(folder), *arguments],
+                        env=vllm_environment(),
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        text=True,
+                    )
+                )
+                for folder in (plain, quantized)
+            ]
+            for one in both:
+                while _line(one) != "ready":
+                    pass
+            ratios = []
+            for number in range(-2, TURNS):
+                spent = [_turn(one) for one in both]
+                if number >= 0:
+                    ratios.append(spent[0] / spent[1])
+            for one in both:
+                assert one.stdin is not None
+                one.stdin.close()
+        found[task] = median_interval(ratios)
+    return found
+
+
+def _turn(process: subprocess.Popen[str]) -> float:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return float(_line(process))
+
+
+def _line(process: subprocess.Popen[str]) -> Any:
+    """The next line that is JSON; vLLM may write others."""
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    raise SystemExit("vLLM ended before it answered")
 
 
 def scales_read(read: CompressedCheckpoint, found: dict[str, Any]) -> dict[str, Any]:

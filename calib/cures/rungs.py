@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rungs of the ladder: each takes the best candidate so far, and returns what it tried on top of it."""
+"""The rungs of the ladder: each takes the best candidate so far, and returns the best that it finds on top of it."""
 
 from __future__ import annotations
 
@@ -29,61 +29,62 @@ from calib.statistics.observation import REST
 
 __all__ = ["RUNGS"]
 
-_ALPHA, _STEP = 0.7, 0.1
+_ALPHA, _STEP = 0.8, 0.1
 _ALPHA_ROTATED = 0.5  # in front of a rotation, which spreads what is left over all channels
 _KEEP_SHORTLIST = 6
 _HESSIAN_TOKENS = 16_384  # ten times the inputs of a layer of 1,536; error compensation takes all text up to that
 _WEIGHTS_SHARE = 0.25  # of the loss, below which a better rounding of weights is not worth its while
 
 
-def smooth(trials: Trials, best: Trial) -> list[Trial]:
+def smooth(trials: Trials, best: Trial) -> Trial | None:
     """The best single alpha."""
-    return [_best_alpha(trials, best.candidate, _ALPHA)] if len(trials.pairs) else []
+    return _best_alpha(trials, best.candidate, _ALPHA) if len(trials.pairs) else None
 
 
-def prefix(trials: Trials, best: Trial) -> list[Trial]:
+def prefix(trials: Trials, best: Trial) -> Trial | None:
     """Smoothing again, behind each of the best prefixes; the better one."""
     if not trials.predicts:
         trials.skipped["prefix"] = "the model predicts no tokens, so nothing can be put in front"
-        return []
+        return None
     found = find_prefixes(trials.opened, trials.blocks)
     if not found:
         trials.skipped["prefix"] = "no prefix lowers the ranges: the model has no sink that one takes"
-    tried: list[Trial] = []
+    better: Trial | None = None
     for one in found:
+        start = (better or best).candidate
         base = replace(best.candidate, prefix=one, smoothing=None)
-        tried.append(_smoothed_again(trials, base, best.candidate.alpha, min([best, *tried], key=_worth)))
-    return [min(tried, key=_worth)] if tried else []
+        tried = _smoothed_again(trials, base, start.alpha, best if better is None else min(best, better, key=_worth))
+        better = tried if better is None else min(better, tried, key=_worth)
+    return better
 
 
-def resample(trials: Trials, best: Trial) -> list[Trial]:
+def resample(trials: Trials, best: Trial) -> Trial | None:
     """Ranges that also cover what the model itself would have written; smoothing again, to fit them."""
     if not trials.predicts:
         trials.skipped["resample"] = "the model predicts no tokens, so it cannot write text"
-        return []
+        return None
     base = replace(best.candidate, resampled=resampled(trials.opened, trials.few), smoothing=None)
-    return [_smoothed_again(trials, base, best.candidate.alpha, best)]
+    return _smoothed_again(trials, base, best.candidate.alpha, best)
 
 
-def rotate(trials: Trials, best: Trial) -> list[Trial]:
+def rotate(trials: Trials, best: Trial) -> Trial | None:
     """Residual stream and values in another basis, in the weights; smoothing again, of what stays as it was."""
     try:
-        rotation = _rotation(trials)
-        rotation.apply(trials.model).revert()  # what cannot be rotated is said here
+        base = replace(best.candidate, rotation=_rotation(trials), smoothing=None)
+        trials.applied(base).close()  # what cannot be rotated is said here
     except (ModelError, UsageError) as error:
         trials.skipped["rotate"] = str(error)
-        return []
-    base = replace(best.candidate, rotation=rotation, smoothing=None)
-    return [_smoothed_again(trials, base, best.candidate.alpha, best)]
+        return None
+    return _smoothed_again(trials, base, best.candidate.alpha, best)
 
 
-def rotate_online(trials: Trials, best: Trial) -> list[Trial]:
+def rotate_online(trials: Trials, best: Trial) -> Trial | None:
     """The inputs of layers behind products and non-linear functions, rotated as they arrive."""
     try:
         rotation = OnlineRotation.by_role(trials.model)
     except UsageError as error:
         trials.skipped["rotate-online"] = str(error)
-        return []
+        return None
     base, smoothing = best.candidate, best.candidate.smoothing
 
     def rotated(one: Candidate) -> Candidate:
@@ -91,42 +92,42 @@ def rotate_online(trials: Trials, best: Trial) -> list[Trial]:
         return replace(turned, ranges=trials.ranges(turned))
 
     if smoothing is None:
-        return [trials.attempt(rotated(base))]
+        return trials.attempt(rotated(base))
     ends = {p.name: {c.module for c in p.consumers} <= set(rotation.modules) for p in smoothing.pairs}
 
     def at(alpha: float, rival: Trial | None) -> Trial:
         alphas = {name: alpha if ends[name] else a for name, a in zip(ends, smoothing.alphas, strict=True)}
         return trials.attempt(rotated(_smoothed(trials, base, alphas)), rival)
 
-    return [_walk(trials, at, _ALPHA_ROTATED)]
+    return _walk(trials, at, _ALPHA_ROTATED)
 
 
-def scale(trials: Trials, best: Trial) -> list[Trial]:
+def scale(trials: Trials, best: Trial) -> Trial | None:
     """Loud channels brought down in front of the layers that no pair ends in, as their inputs arrive."""
     scaled = best.candidate.scaled(trials.model, trials.pairs)
     if scaled is None:
         trials.skipped["scale"] = "no layer that smoothing cannot reach has loud channels"
-    return [] if scaled is None else [trials.attempt(scaled)]
+    return None if scaled is None else trials.attempt(scaled)
 
 
-def compensate(trials: Trials, best: Trial) -> list[Trial]:
+def compensate(trials: Trials, best: Trial) -> Trial | None:
     """Weights rounded so that errors cancel over the inputs that were seen."""
     base, model = best.candidate, trials.model
     enough = -(-_HESSIAN_TOKENS // trials.blocks.input_ids.shape[1])
     rows = trials.blocks.select(range(min(enough, len(trials.blocks)))).with_prefix(base.prefix_ids)
     judge = trials.judge("search", base.prefix_ids)
-    with base.apply(model):
+    with trials.applied(base):
         plan = base.planned(model)
         linear = [name for name in plan.weights if is_linear(model.get_submodule(name))]
         if not linear:
             trials.skipped["compensate"] = "the model has no linear layers whose inputs can be collected"
-            return []
+            return None
         with QuantizedModel(model, replace(plan, inputs={})):
             lost = judge.judge().mean
         if lost <= _WEIGHTS_SHARE * best.worth:
             reason = f"rounding the weights costs {lost:.2g} of {best.worth:.2g} lost, too little"
             trials.skipped["compensate"] = reason
-            return []
+            return None
         with (
             torch.no_grad(),
             without_head(model) if can_skip_head(model, input_device(model)) else nullcontext(),
@@ -135,13 +136,13 @@ def compensate(trials: Trials, best: Trial) -> list[Trial]:
             for batch in rows.batches(trials.options.batch_size):
                 model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(input_device(model)))
         plan = compensated(plan, model, hessians, order="activation")
-    return [trials.attempt(replace(base, plan=plan, compensated=True))]
+    return trials.attempt(replace(base, plan=plan, compensated=True))
 
 
-def keep(trials: Trials, best: Trial) -> list[Trial]:
+def keep(trials: Trials, best: Trial) -> Trial | None:
     """Layer by layer into float, each time the one whose rounding costs most."""
     start = best
-    with best.candidate.apply(trials.model):
+    with trials.applied(best.candidate):
         plan = best.candidate.planned(trials.model)
     shortlist = _loudest(best.candidate.ranges, plan, include_sink=best.candidate.prefix is None)
     for _ in range(trials.options.keep):
@@ -157,10 +158,10 @@ def keep(trials: Trials, best: Trial) -> list[Trial]:
         best = winner
         if trials.met(best):
             break
-    return [] if best is start else [best]
+    return None if best is start else best
 
 
-RUNGS: dict[str, Callable[[Trials, Trial], list[Trial]]] = {
+RUNGS: dict[str, Callable[[Trials, Trial], Trial | None]] = {
     "smooth": smooth,
     "prefix": prefix,
     "resample": resample,

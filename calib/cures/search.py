@@ -16,7 +16,7 @@ from calib.cures.candidate import Candidate
 from calib.cures.result import Cured, CureOptions
 from calib.cures.rungs import RUNGS
 from calib.cures.trials import Say, Trial, Trials
-from calib.errors import UsageError
+from calib.errors import GateError, UsageError
 from calib.measurement.artifact import Measurement
 from calib.models import OpenedModel
 from calib.quantized import QuantizedModel
@@ -38,33 +38,39 @@ def find_cure(
 
     Args:
         opened: the float model; on return it carries the cures (not if an error is raised).
-        measurement: of this model on `blocks`, with full statistics.
-        blocks: for ranges.
-        held_out: for decisions (the first 40 %) and the table (the others); disjoint from `blocks`.
+        measurement: of this model, with full statistics, on `blocks` or the first `SEARCH_ROWS` of them, which is all
+            that the search itself uses.
+        blocks: for ranges; what is chosen is measured on all.
+        held_out: for decisions (the first half) and the table (the others); disjoint from `blocks`.
         options: what may be done.
         say: called with a line about each step.
 
     Raises:
         UsageError: an option is unknown, or there are fewer than two held-out blocks.
         ModelError: nothing of the model can be quantized.
+        GateError: an output is NaN, or the cured model has values that no scale may come from.
     """
     if len(held_out) < 2:
         raise UsageError(f"cures: {len(held_out)} held-out blocks; give two or more, one to search and one to verify")
     trials = Trials(opened, measurement, blocks, held_out, options or CureOptions(), say)
-    return _apply(trials, _climb(trials))
+    try:
+        best = _climb(trials)
+    finally:
+        trials.release()
+    return _apply(trials, best)
 
 
 def _climb(trials: Trials) -> Trial:
     """Up the ladder until the target is met; returns the best that was tried."""
     options, measured = trials.options, trials.measurement
     best = trials.attempt(Candidate(options.bits, options.symmetric, measured, measured, options.weight_granularity))
-    trials.note(best)
     for name, rung in RUNGS.items():
         if name in trials.cures and not trials.met(best):
-            tried = rung(trials, best)
-            for one in tried:
-                trials.note(one)
-            best = min([best, *tried], key=lambda one: one.worth)
+            trials.note(best)
+            found = rung(trials, best)
+            if found is not None:
+                worse, best = sorted((best, found), key=lambda one: -one.worth)
+                trials.note(worse)
     return best
 
 
@@ -77,8 +83,13 @@ def _apply(trials: Trials, best: Trial) -> Cured:
         measurement = trials.measurement
         if candidate.changes_model:
             trials.opened = trials.opened.cured([record.model_dump_json() for record in records])
-        if candidate.changes_model or candidate.resampled is not None:
+        few = measurement.corpus.content_sha256 != trials.blocks.provenance.content_sha256
+        if candidate.changes_model or candidate.resampled is not None or few:
+            trials.say(f"measuring {candidate.name} on {len(trials.blocks)} blocks")
             measurement = trials.measure(candidate, trials.blocks)
+            failed = [gate for gate in measurement.gates if not gate.passed]
+            if failed:
+                raise GateError(f"{candidate.name}: gate {failed[0].name} failed: {failed[0].detail}")
         scales = choose_scales(
             measurement,
             bits=options.bits,

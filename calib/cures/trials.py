@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,17 +14,21 @@ from calib.corpus import TokenBlocks
 from calib.cures.candidate import Candidate
 from calib.cures.find import find_pairs
 from calib.cures.judge import Judge, Score
+from calib.cures.offline import OfflineRotation
 from calib.cures.pairs import Pairs
 from calib.cures.result import AUTO, AUTO_DECODER, CureOptions, Row
+from calib.cures.rotate import Rotated
 from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel
+from calib.quantized import QuantizedModel
 
-__all__ = ["Say", "Trial", "Trials"]
+__all__ = ["SEARCH_ROWS", "Say", "Trial", "Trials", "search_rows"]
 
-_SEARCH_SHARE = 0.4  # of the held-out blocks; the others verify
-_SEARCH_ROWS = 16  # blocks behind each prefix or rotation while searching; the chosen one is measured on all
+SEARCH_ROWS = 8
+"""Blocks that ranges come from while searching; the chosen candidate is measured on all."""
+_SEARCH_SHARE = 0.5  # of the held-out blocks; the others verify
 _JUDGES_HELD = 3
 Say = Callable[[str], None]
 
@@ -43,19 +48,24 @@ class Trial:
         return math.inf if self.given_up else self.score.mean
 
 
+def search_rows(blocks: TokenBlocks) -> TokenBlocks:
+    """The first `SEARCH_ROWS` blocks."""
+    return blocks.select(range(min(SEARCH_ROWS, len(blocks))))
+
+
 class Trials:
     """One search: its model, texts and judges, and the table that it makes.
 
     Args:
         opened: the float model; candidates are applied to it and taken back.
-        measurement: of this model on `blocks`.
+        measurement: of this model, on the first `SEARCH_ROWS` of `blocks` at least.
         blocks: for ranges.
-        held_out: for decisions (the first 40 %) and the table (the others).
+        held_out: for decisions (the first half) and the table (the others).
         options: of the search.
         say: called with a line about each candidate.
 
     Attributes:
-        few: the blocks that ranges come from while searching.
+        few: the blocks that ranges come from while searching; all if the model routes tokens to experts.
         rows: the table.
         skipped: cures that do not apply -> the reason.
     """
@@ -71,13 +81,16 @@ class Trials:
     ) -> None:
         self.opened, self.model, self.options = opened, opened.model, options
         self.blocks, self.measurement = blocks, measurement
-        self.few = blocks.select(range(min(_SEARCH_ROWS, len(blocks))))
+        experts = any(kind.startswith("expert") for site in measurement.sites.values() for kind in site.kinds)
+        self.few = blocks if experts else search_rows(blocks)  # few tokens may leave an expert without any
         self.rows: list[Row] = []
         self.skipped: dict[str, str] = {}
         cut = max(1, round(_SEARCH_SHARE * len(held_out)))
         self._held_out = {"search": held_out.select(range(cut)), "verify": held_out.select(range(cut, len(held_out)))}
         self._judges: dict[tuple[str, tuple[int, ...]], Judge] = {}
-        self._say = say
+        self._held: tuple[OfflineRotation, Rotated] | None = None
+        self._noted: set[Trial] = set()
+        self.say = say
         self._begin = time.perf_counter()
 
     @cached_property
@@ -99,20 +112,47 @@ class Trials:
         return tuple(one for name in self.options.cures for one in (auto if name == "auto" else (name,)))
 
     def judge(self, part: str, ids: tuple[int, ...]) -> Judge:
-        """The judge of a prefix; made only while the model is in its original state."""
+        """The judge of a prefix; made of the model in its original state, so not while a candidate is applied."""
         key = (part, ids)
         found = self._judges.pop(key, None)
         while len(self._judges) >= _JUDGES_HELD:  # each holds the outputs of the float model; the latest are kept
             self._judges.pop(next(iter(self._judges)))
         if found is None:
+            self.release()
             found = Judge(self.model, self._held_out[part], prefix=ids, batch_size=self.options.batch_size)
         self._judges[key] = found
         return found
 
+    def applied(self, candidate: Candidate) -> ExitStack:
+        """The model with a candidate's cures, still float. Closing the result takes them back.
+
+        But for a rotation, which costs more than all others: it stays in the weights until another one is needed, none
+        is, or `release`.
+        """
+        return candidate.apply(self.model, rotated=self._rotated(candidate))
+
+    def quantized(self, candidate: Candidate) -> AbstractContextManager[QuantizedModel]:
+        """The model computes as the quantized one with a candidate's cures; a rotation stays, as in `applied`."""
+        return candidate.quantized(self.model, rotated=self._rotated(candidate))
+
+    def release(self) -> None:
+        """The model in its original state."""
+        if self._held is not None:
+            self._held[1].revert()
+            self._held = None
+
+    def _rotated(self, candidate: Candidate) -> bool:
+        """Whether there is a rotation; if so, it is in the weights now, and if not, none is."""
+        rotation = candidate.rotation
+        if self._held is None or self._held[0] is not rotation:
+            self.release()
+            self._held = None if rotation is None else (rotation, rotation.apply(self.model))
+        return rotation is not None
+
     def attempt(self, candidate: Candidate, rival: Trial | None = None) -> Trial:
         """Judges a candidate on the search blocks, and gives it up once it is clearly worse than a rival."""
         judge = self.judge("search", candidate.prefix_ids)
-        with candidate.quantized(self.model):
+        with self.quantized(candidate):
             score = judge.judge(None if rival is None or rival.given_up else rival.score.divergence)
         given_up = len(score.divergence) < judge.blocks
         self._tell("search", candidate, score, judge, " (given up)" if given_up else "")
@@ -124,9 +164,12 @@ class Trials:
         return worst <= self.options.target
 
     def note(self, trial: Trial) -> None:
-        """A line of the table, from blocks that the search has not seen."""
+        """A line of the table, from blocks that the search has not seen; nothing if there is one already."""
+        if trial in self._noted:
+            return
+        self._noted.add(trial)
         judge = self.judge("verify", trial.candidate.prefix_ids)
-        with trial.candidate.quantized(self.model):
+        with self.quantized(trial.candidate):
             self.note_as_it_is(trial.candidate, judge)
 
     def note_as_it_is(self, candidate: Candidate, judge: Judge) -> None:
@@ -140,7 +183,7 @@ class Trials:
 
     def ranges(self, candidate: Candidate) -> Measurement:
         """Of linear inputs with a candidate applied, on fewer blocks than `measure` is given in the end."""
-        with candidate.apply(self.model):
+        with self.applied(candidate):
             return self.measure(candidate, self.few, sites=["linear_input"])
 
     def measure(self, candidate: Candidate, blocks: TokenBlocks, sites: Sequence[str] = ()) -> Measurement:
@@ -148,11 +191,19 @@ class Trials:
         ids = candidate.prefix_ids
         if candidate.resampled is not None:
             blocks = blocks.joined(candidate.resampled)
-        sinks = len(ids) or self.measurement.run.sink_positions
-        options = MeasureOptions(batch_size=self.options.batch_size, sites=sites, sink_positions=sinks)
+        run = self.measurement.run
+        options = MeasureOptions(
+            batch_size=self.options.batch_size,
+            sites=sites,
+            sink_positions=len(ids) or run.sink_positions,
+            min_expert_tokens=run.min_expert_tokens,
+            force_experts=run.force_experts,
+            generate=run.generate,
+            command=run.command,
+        )
         return measure(self.opened, blocks.with_prefix(ids), options)
 
     def _tell(self, part: str, candidate: Candidate, score: Score, judge: Judge, end: str = "") -> None:
         ratio = score.ratio(judge.reference_nll)
         with_ratio = "" if ratio is None else f", ratio {ratio}"
-        self._say(f"{part} {candidate.name}: divergence {score.mean:.5f}{with_ratio}{end}")
+        self.say(f"{part} {candidate.name}: divergence {score.mean:.5f}{with_ratio}{end}")

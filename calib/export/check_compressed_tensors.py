@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from calib.cures.restore import rounded_digests
 from calib.errors import ModelError
 from calib.export.checks import checks, consumer
 from calib.export.compare import first_output, largest_difference, token_ids
@@ -26,6 +27,7 @@ from calib.models.checkpoint import read_checkpoint
 from calib.models.provenance import tokenizer_sha256
 from calib.models.quiet import quiet_transformers
 from calib.quantized import QuantizedModel
+from calib.quantized.rounded_file import rounded_sha256
 from calib.scales.float8 import FLOAT8_MAX
 from calib.schema.export import ExportManifest
 from calib.schema.scales import ScaleFile
@@ -45,7 +47,7 @@ def check_compressed_tensors(folder: Path, manifest: ExportManifest | None, scal
     if manifest is not None:
         found.problems += _against_manifest(read, manifest)
     if scales is not None:
-        found.problems += _against_scales(read, scales, nearest=manifest is not None)
+        found.problems += _against_scales(read, scales)
     return found
 
 
@@ -128,8 +130,7 @@ def _against_manifest(read: CompressedCheckpoint, manifest: ExportManifest) -> I
         yield "config.json: kv_cache_scheme is not as it was exported"
 
 
-def _against_scales(read: CompressedCheckpoint, scales: ScaleFile, *, nearest: bool) -> Iterator[str]:
-    """``nearest``: weights were rounded to the nearest code, not with error compensation."""
+def _against_scales(read: CompressedCheckpoint, scales: ScaleFile) -> Iterator[str]:
     architecture = (read.config.get("architectures") or [None])[0]
     if architecture != scales.model.architecture:
         yield f"config.json: is a {architecture}, the scales are of a {scales.model.architecture}"
@@ -144,6 +145,7 @@ def _against_scales(read: CompressedCheckpoint, scales: ScaleFile, *, nearest: b
     except ModelError as error:
         yield str(error)
         return
+    digests = rounded_digests(scales)
     for name, linear in read.linears.items():
         expected = wanted.ranges.get(name)
         if expected is None:
@@ -160,8 +162,10 @@ def _against_scales(read: CompressedCheckpoint, scales: ScaleFile, *, nearest: b
                 f"{name}.input_scale: is {linear.input_scale:.9g} (zero point {linear.input_zero_point}), "
                 f"the scale file gives {scale:.9g} ({point})"
             )
-        if nearest:
-            yield from _weight(read, name)
+        if name not in digests:
+            yield from _nearest(read, name)
+        elif rounded_sha256(linear.codes, linear.weight_scale) != digests[name]:
+            yield f"{name}.weight: is not the one that was rounded with error compensation"
     yield from _keys_and_values(read, kv)
 
 
@@ -175,8 +179,8 @@ def _keys_and_values(read: CompressedCheckpoint, ranges: dict[str, AttentionRang
                 yield f"{name}.{part[0]}_scale: is {shown}, which is not what the scale file gives"
 
 
-def _weight(read: CompressedCheckpoint, name: str) -> Iterator[str]:
-    """A scale per row spans the row, so the largest code of a row is the last one of the grid."""
+def _nearest(read: CompressedCheckpoint, name: str) -> Iterator[str]:
+    """Rounded to nearest, a scale per row spans the row, so the largest code of a row is the last one of the grid."""
     largest = read.linears[name].codes.float().abs().amax(1)
     last = FLOAT8_MAX if read.floating else 127.0
     short = (largest < last) & (largest > 0)

@@ -42,6 +42,10 @@ _BLACKWELL = "vLLM has no INT8 W8A8 kernel for NVIDIA Blackwell (SM 10.0); use t
 _MOE = "vLLM computes INT8 mixture-of-experts layers with dynamic scales only; static scales of experts are not used"
 _HEADS = "vLLM takes one scale per head of keys and values with FlashAttention only; transformers takes them always"
 _SGLANG = "SGLang 0.5 cannot load static INT8 scales of fused layers; use the fp8 variant there"
+_AMX = (
+    "vLLM on a CPU with AMX quantizes each token of symmetric inputs itself, in bfloat16 only; asymmetric scales are "
+    "used as they are written"
+)
 _TRANSFORMS = (
     "the inputs of some layers are rotated (transform_config): vLLM computes that on CUDA, without tensor parallelism; "
     "transformers up to 5.23 ignores it, loads, and computes something else"
@@ -148,7 +152,8 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
         config["quantization_config"]["transform_config"] = transforms
     write_config(config, request.folder)
     copy_companions(opened, request.folder)
-    notes = [*linears.notes, *_warnings(linears, floating=floating), *([_HEADS] if request.kv_heads else [])]
+    notes = [*linears.notes, *([] if floating else _warnings(linears, symmetric=symmetric))]
+    notes += [_HEADS] if request.kv_heads else []
     notes += [] if transforms is None else [_TRANSFORMS]
     return ExportSummary(list(linears.ranges), linears.in_float, list(attention), notes)
 
@@ -243,8 +248,6 @@ def _quantization(ignore: list[str], *, symmetric: bool, floating: bool, kv: str
     return config
 
 
-def _warnings(linears: Linears, *, floating: bool) -> list[str]:
-    if floating:
-        return []
+def _warnings(linears: Linears, *, symmetric: bool) -> list[str]:
     experts = any(".experts." in name for name in linears.ranges)
-    return [_BLACKWELL, _SGLANG, *([_MOE] if experts else [])]
+    return [_BLACKWELL, _SGLANG, *([_AMX] if symmetric else []), *([_MOE] if experts else [])]
