@@ -30,6 +30,7 @@ from calib.statistics.observation import REST
 __all__ = ["RUNGS"]
 
 _ALPHA, _STEP = 0.8, 0.1
+_ALPHA_LEFT = 0.6  # where a rotated residual stream leaves only products to smooth
 _ALPHA_ROTATED = 0.5  # in front of a rotation, which spreads what is left over all channels
 _KEEP_SHORTLIST = 6
 _HESSIAN_TOKENS = 16_384  # ten times the inputs of a layer of 1,536; error compensation takes all text up to that
@@ -75,7 +76,8 @@ def rotate(trials: Trials, best: Trial) -> Trial | None:
     except (ModelError, UsageError) as error:
         trials.skipped["rotate"] = str(error)
         return None
-    return _smoothed_again(trials, base, best.candidate.alpha, best)
+    alpha, stream = best.candidate.alpha, base.rotation is not None and base.rotation.stream is not None
+    return _smoothed_again(trials, base, _ALPHA_LEFT if stream and alpha is not None else alpha, best)
 
 
 def rotate_online(trials: Trials, best: Trial) -> Trial | None:
