@@ -3,8 +3,9 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/quality.py             # about an hour on two quiet cores
 
-Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for the searches (16 x 512); 200,000.. evaluation
-(48 x 512 for what `auto` chooses, 24 for the rows beside it; the first 12 of them to compare with older figures).
+Token ids of the book: 20,000.. calibration (12 x 512); 100,000.. held out for the searches (16 x 512); 200,000..
+evaluation (48 x 512 for what `auto` chooses, 24 for the rows beside it; the first 12 of them to compare with older
+figures).
 Perplexity over positions 1..511, float32. All linear layers but the head; activations per tensor, static unless said;
 weights per output row, unless said.
 Other programs run on the same tokens (peer_rows.py), those that are installed.

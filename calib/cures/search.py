@@ -68,9 +68,10 @@ def _climb(trials: Trials) -> Trial:
         if name in trials.cures and not trials.met(best):
             trials.note(best)
             found = rung(trials, best)
-            if found is not None:
-                worse, best = sorted((best, found), key=lambda one: -one.worth)
-                trials.note(worse)
+            if found is not None and found.worth < best.worth:
+                best = found
+            elif found is not None:
+                trials.note(found)
     return best
 
 
@@ -83,8 +84,7 @@ def _apply(trials: Trials, best: Trial) -> Cured:
         measurement = trials.measurement
         if candidate.changes_model:
             trials.opened = trials.opened.cured([record.model_dump_json() for record in records])
-        few = measurement.corpus.content_sha256 != trials.blocks.provenance.content_sha256
-        if candidate.changes_model or candidate.resampled is not None or few:
+        if candidate.changes_model or candidate.resampled is not None or not trials.measured_all:
             trials.say(f"measuring {candidate.name} on {len(trials.blocks)} blocks")
             measurement = trials.measure(candidate, trials.blocks)
             failed = [gate for gate in measurement.gates if not gate.passed]

@@ -65,7 +65,8 @@ class Trials:
         say: called with a line about each candidate.
 
     Attributes:
-        few: the blocks that ranges come from while searching; all if the model routes tokens to experts.
+        few: the blocks that ranges come from while searching: the first `SEARCH_ROWS`, which may leave an expert of a
+            model that routes tokens without any; all for such a model whose measurement is of all.
         rows: the table.
         skipped: cures that do not apply -> the reason.
     """
@@ -81,8 +82,8 @@ class Trials:
     ) -> None:
         self.opened, self.model, self.options = opened, opened.model, options
         self.blocks, self.measurement = blocks, measurement
-        experts = any(kind.startswith("expert") for site in measurement.sites.values() for kind in site.kinds)
-        self.few = blocks if experts else search_rows(blocks)  # few tokens may leave an expert without any
+        routed = any(kind.startswith("expert") for site in measurement.sites.values() for kind in site.kinds)
+        self.few = blocks if routed and self.measured_all else search_rows(blocks)
         self.rows: list[Row] = []
         self.skipped: dict[str, str] = {}
         cut = max(1, round(_SEARCH_SHARE * len(held_out)))
@@ -92,6 +93,11 @@ class Trials:
         self._noted: set[Trial] = set()
         self.say = say
         self._begin = time.perf_counter()
+
+    @property
+    def measured_all(self) -> bool:
+        """Whether the given measurement is of all blocks."""
+        return self.measurement.corpus.content_sha256 == self.blocks.provenance.content_sha256
 
     @cached_property
     def pairs(self) -> Pairs:
