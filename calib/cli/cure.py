@@ -70,8 +70,7 @@ def quantize_cured(source: str, output: Path, given: dict[str, Any]) -> None:
             click.echo(line, err=True)
 
     cured = find_cure(found, measurement, blocks, held_out, options, say=say)
-    layers = _write(cured, output, given)
-    _print(cured, output, layers, given)
+    _print(cured, output, _write(cured, output, given), given)
     if not given["as_json"] and not given["quiet"]:
         spent, measuring = time.perf_counter() - begin, cured.measurement.run.seconds or 0.0
         click.echo(f"{spent:.0f} s in all, {measuring:.0f} s of them measuring what was chosen on {len(blocks)} blocks")
@@ -93,14 +92,14 @@ def _split(corpus: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks]:
     return corpus.select(range(cut)), corpus.select(range(cut, len(corpus)))
 
 
-def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
-    """Everything at once; returns how many layers the checkpoint has in INT8, None if there is none.
+def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | str:
+    """Everything at once; returns how many layers the checkpoint has in INT8, or why there is none.
 
     There is none where a consumer would have to compute something that no checkpoint says: it would load, and be wrong.
     Weights that were rounded with error compensation are in a file of their own too, for other formats.
     """
     from calib.export import write_checkpoint
-    from calib.export.compressed_tensors import holds_online
+    from calib.export.compressed_tensors import why_no_checkpoint
     from calib.quantized.rounded_file import ROUNDED_FILE, save_rounded
     from calib.scales import save_scales
 
@@ -110,12 +109,13 @@ def _write(cured: Cured, output: Path, given: dict[str, Any]) -> int | None:
         rounded = cured.plan.rounded
         if rounded:
             save_rounded(rounded, work / ROUNDED_FILE)
-        if cured.scales.bits != 8 or not holds_online(cured.scales):
-            return None
+        why = why_no_checkpoint(cured.scales, cured.opened.model)
+        if why is not None:
+            return why
         return len(write_checkpoint(cured.opened, cured.scales, work, rounded).quantized)
 
 
-def _print(cured: Cured, output: Path, layers: int | None, given: dict[str, Any]) -> None:
+def _print(cured: Cured, output: Path, checkpoint: int | str, given: dict[str, Any]) -> None:
     from calib.report.cures import print_cures
     from calib.report.terminal import print_json
 
@@ -124,10 +124,10 @@ def _print(cured: Cured, output: Path, layers: int | None, given: dict[str, Any]
     elif not given["quiet"]:
         print_cures(cured)
         click.echo(f"wrote {output / 'scales.json'}")
-        if layers is not None:
-            click.echo(f"wrote a compressed-tensors checkpoint: {layers} layers in INT8")
+        if isinstance(checkpoint, str):
+            click.echo(f"no checkpoint: {checkpoint}")
         else:
-            click.echo("no checkpoint: it takes 8 bits, and no operation that it cannot name")
+            click.echo(f"wrote a compressed-tensors checkpoint: {checkpoint} layers in INT8")
 
 
 def _options(given: dict[str, Any]) -> CureOptions:

@@ -18,6 +18,7 @@ from calib.output import output_folder, require_free
 if TYPE_CHECKING:
     from calib.measurement.artifact import Measurement
     from calib.models import OpenedModel
+    from calib.schema.scales import ScaleFile
 
 __all__ = ["command"]
 
@@ -82,14 +83,9 @@ def command(source: str, output: Path, **given: Any) -> None:
         ignore=given["ignore"],
     )
     rows = compare_methods(measurement, methods, given["bits"], given["symmetric"]) if measurement.full else []
-    checkpoint = found is not None and given["bits"] == 8 and given["granularity"] == "per-tensor"
     with output_folder(output, overwrite=given["overwrite"]) as work:
         save_scales(scales, work)
-        summary = None
-        if found is not None and checkpoint:
-            from calib.export import write_checkpoint  # imports torch, which scales alone do not need
-
-            summary = write_checkpoint(found, scales, work)
+        checkpoint = None if found is None else _checkpoint(found, scales, work)
     from calib.report.terminal import print_json, print_scales
 
     if given["as_json"]:
@@ -97,11 +93,21 @@ def command(source: str, output: Path, **given: Any) -> None:
     elif not given["quiet"]:
         print_scales(scales, rows)
         click.echo(f"wrote {output / 'scales.json'}")
-        if summary is not None:
-            layers = f"{len(summary.quantized)} layers in INT8, {len(summary.in_float)} in float"
-            click.echo(f"wrote a compressed-tensors checkpoint: {layers}")
-        elif found is not None:
-            click.echo("no checkpoint: the format takes 8 bits per tensor")
+        if checkpoint is not None:
+            click.echo(checkpoint)
+
+
+def _checkpoint(found: OpenedModel, scales: ScaleFile, folder: Path) -> str:
+    """Writes a checkpoint if one can hold the scales; returns what to say of it."""
+    from calib.export import write_checkpoint  # imports torch, which scales alone do not need
+    from calib.export.compressed_tensors import why_no_checkpoint
+
+    why = why_no_checkpoint(scales, found.model)
+    if why is not None:
+        return f"no checkpoint: {why}"
+    summary = write_checkpoint(found, scales, folder)
+    layers = f"{len(summary.quantized)} layers in INT8, {len(summary.in_float)} in float"
+    return f"wrote a compressed-tensors checkpoint: {layers}"
 
 
 def _is_measurement(folder: Path) -> bool:

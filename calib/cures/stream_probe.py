@@ -101,7 +101,7 @@ class StreamProbe:
             return False
         moved = (after - before).reshape(change.shape)
         factor = (moved * change).sum() / change.square().sum()
-        size = torch.maximum(before.abs(), after.abs()).amax(-1, keepdim=True).reshape(*change.shape[:-1], 1)
+        size = torch.maximum(before.abs(), after.abs()).reshape(change.shape).amax(-1, keepdim=True)
         bound = TOLERANCE * torch.maximum(size, change.abs().amax(-1, keepdim=True))
         return bool(factor.abs() > 1e-3) and bool(((moved - factor * change).abs() <= bound).all())
 

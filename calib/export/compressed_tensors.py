@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from calib.errors import ArtifactError, ModelError, UsageError
 from calib.export.checkpoint import copy_companions, read_config, save_weights, write_config
@@ -35,6 +36,7 @@ __all__ = [
     "holds_online",
     "kv_scales",
     "weight_codes",
+    "why_no_checkpoint",
     "write_checkpoint",
 ]
 
@@ -94,6 +96,19 @@ def write_checkpoint(
         )
     summary = export_compressed_tensors(ExportRequest(scales, folder, opened, variant="int8", weights=weights or {}))
     return CheckpointSummary(summary.quantized, summary.in_float)
+
+
+def why_no_checkpoint(scales: ScaleFile, model: nn.Module) -> str | None:
+    """Why no checkpoint can hold scales of a model, with what to do; None if one can."""
+    if scales.bits != 8:
+        return f"it takes 8 bits, not {scales.bits}"
+    if not holds_online(scales):
+        return "a cure needs an operation that it cannot name; `calib export --to onnx-qdq` holds that"
+    try:
+        linear_ranges(scales, model)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def holds_online(scales: ScaleFile) -> bool:

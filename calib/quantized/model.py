@@ -289,7 +289,7 @@ def _multiply(module: nn.Module, weight: nn.Parameter, x: torch.Tensor) -> torch
     """What a linear layer computes with another weight."""
     module.__dict__["weight"] = weight  # goes before the parameter of this name
     try:
-        product: torch.Tensor = type(module).forward(module, x)
+        product: torch.Tensor = type(module).forward(module, x.contiguous())  # Conv1D takes views of it
     finally:
         del module.__dict__["weight"]
     return product

@@ -28,10 +28,12 @@ def to_blocks(tensor: torch.Tensor, axes: Axes, batch: tuple[int, int] | None) -
         return tensor.movedim(1, -1).flatten(1, -2), False
     if batch is not None:
         blocks, tokens = batch
+        if tensor.ndim == 4 and tuple(tensor.shape[:3]) == (blocks, 1, tokens):  # latents kept as one head
+            return tensor.squeeze(1), True
         if tensor.ndim > 2 and tuple(tensor.shape[:2]) == batch:
             return tensor.flatten(2), True
         if tensor.ndim == 2 and tensor.shape[0] == blocks * tokens:
             return tensor.unflatten(0, batch), True
     if tensor.ndim > 2:
-        return tensor.flatten(2), False
+        return tensor.flatten(1, -2), False
     return (tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.reshape(1, 1, -1)), False
