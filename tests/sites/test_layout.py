@@ -21,6 +21,8 @@ def numbered(*shape: int) -> torch.Tensor:
         ((2, 5, 4, 2), "tokens", (2, 5), (2, 5, 8), True),
         ((10, 8), "tokens", (2, 5), (2, 5, 8), True),
         ((2, 4, 5, 3), "heads", (2, 5), (2, 5, 12), True),
+        ((2, 1, 5, 8), "tokens", (2, 5), (2, 5, 8), True),
+        ((2, 3, 4, 8), "tokens", (2, 5), (2, 12, 8), False),
         ((2, 8), "tokens", (2, 5), (2, 1, 8), False),
         ((7, 8), "tokens", (2, 5), (7, 1, 8), False),
         ((2, 9, 8), "tokens", (2, 5), (2, 9, 8), False),
