@@ -12,6 +12,7 @@ from typing import Literal
 from torch import nn
 
 from calib.corpus import TokenBlocks
+from calib.cures.clip import Clip
 from calib.cures.offline import OfflineRotation
 from calib.cures.pairs import Pair, Pairs
 from calib.cures.prefix import Prefix
@@ -26,7 +27,7 @@ from calib.quantized.grid import Convention, IntegerGrid
 from calib.quantized.rounded_file import rounded_sha256
 from calib.quantized.weights import WeightScheme
 from calib.scales import choose_scales
-from calib.schema.scales import CureRecord
+from calib.schema.scales import CureRecord, ScaleFile
 
 __all__ = ["CONVENTION", "KEPT", "Candidate", "RowsOrTensor", "role_of"]
 
@@ -55,6 +56,7 @@ class Candidate:
         plan: the quantized model; made of `ranges` if absent.
         kept: layers in float.
         compensated: whether the weights of `plan` are rounded with error compensation.
+        clip: tensors whose grid does not reach as far as `ranges`.
     """
 
     bits: int
@@ -71,6 +73,7 @@ class Candidate:
     plan: QuantizationPlan | None = None
     kept: tuple[str, ...] = ()
     compensated: bool = False
+    clip: Clip | None = None
 
     @property
     def name(self) -> str:
@@ -96,6 +99,8 @@ class Candidate:
             parts.append("compensate")
         if self.kept:
             parts.append(f"keep {', '.join(self.kept)}")
+        if self.clip is not None:
+            parts.append("clip")
         return " + ".join(parts) or "none"
 
     @property
@@ -157,15 +162,39 @@ class Candidate:
         """The plan of the quantized model: weights are rounded as they are when it runs."""
         if self.plan is not None:
             return self.plan
-        scales = choose_scales(self.ranges, bits=self.bits, symmetric=self.symmetric, include_sink=self.prefix is None)
         plan = plan_from_scales(
             model,
-            scales,
+            self.scales(),
             weights=WeightScheme(IntegerGrid.of(self.bits, convention=self.convention), self.weight_granularity),
             convention=self.convention,
             skip_positions=len(self.prefix_ids),
         )
         return plan.without(dict.fromkeys(self.kept, KEPT)) if self.kept else plan
+
+    def with_ranges(self, model: nn.Module, ranges: Measurement, clip: Clip | None = None) -> Candidate:
+        """The same, inputs rounded by other ranges. Weights that were rounded already stay as they are.
+
+        Args:
+            model: with these cures.
+            ranges: of it.
+            clip: tensors whose grid does not reach as far.
+        """
+        changed = replace(self, ranges=ranges, clip=clip, plan=None)
+        plan = changed.planned(model)
+        if self.plan is not None:
+            plan = plan.with_weights({name: w for name, w in self.plan.weights.items() if name in plan.weights})
+        return replace(changed, plan=plan)
+
+    def scales(self) -> ScaleFile:
+        """Scales by the ranges, without a word of the cures."""
+        return choose_scales(
+            self.ranges,
+            bits=self.bits,
+            symmetric=self.symmetric,
+            weight_granularity=self.weight_granularity,
+            include_sink=self.prefix is None,
+            limits=None if self.clip is None else self.clip.limits,
+        )
 
     def records(self) -> list[CureRecord]:
         """Entries of `cures` in scales.json."""
@@ -190,6 +219,8 @@ class Candidate:
         if self.kept:
             summary = f"{len(self.kept)} layers left in float, by their measured effect on the output"
             found.append(CureRecord(kind="keep", summary=summary, settings={"modules": list(self.kept)}))
+        if self.clip is not None:
+            found.append(self.clip.record())
         return found
 
 

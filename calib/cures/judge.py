@@ -59,6 +59,19 @@ class Score:
         """The same with a 90 % interval over blocks."""
         return mean_interval(self.divergence)
 
+    def surely_worse(self, rival: NDArray[np.float64]) -> bool:
+        """Whether it is worse than a rival beyond doubt, on the blocks that it was judged on.
+
+        Args:
+            rival: its divergences on the same blocks, in the same order, and perhaps on further ones.
+        """
+        rival = rival[: self.divergence.size]
+        if self.mean > (1 + _HOPELESS) * rival.mean():
+            return True
+        if self.divergence.size < 2:
+            return False
+        return bool(ttest_rel(self.divergence, rival, alternative="greater").pvalue < 1 - _SURELY)
+
     def ratio(self, reference: NDArray[np.float64] | None) -> Interval | None:
         """Perplexity over that of a reference on the same tokens, 90 % interval; None if there is none."""
         if self.nll is None or reference is None:
@@ -134,7 +147,7 @@ class Judge:
                 error = (reference - output).double().square().flatten(1).sum(1)
                 divergence.append(error / reference.double().square().flatten(1).sum(1))
             score = self._score(divergence, nll)
-            if rival is not None and _surely_worse(score.divergence, rival[: score.divergence.size]):
+            if rival is not None and score.surely_worse(rival):
                 break
         return score
 
@@ -178,11 +191,3 @@ def _compared(
 
 def _picked(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return log_probabilities.gather(-1, targets.to(log_probabilities.device)[..., None])[..., 0]
-
-
-def _surely_worse(divergence: NDArray[np.float64], rival: NDArray[np.float64]) -> bool:
-    if divergence.mean() > (1 + _HOPELESS) * rival.mean():
-        return True
-    if divergence.size < 2:
-        return False
-    return bool(ttest_rel(divergence, rival, alternative="greater").pvalue < 1 - _SURELY)

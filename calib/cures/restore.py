@@ -40,7 +40,8 @@ def restore_cures(opened: OpenedModel, scales: ScaleFile, folder: Path) -> Opene
     """
     if scales.model.fingerprint == opened.provenance.fingerprint:
         return opened
-    cured = opened.cured([record.model_dump_json() for record in scales.cures])
+    # ranges that are clipped change no model, and were chosen after it was measured
+    cured = opened.cured([record.model_dump_json() for record in scales.cures if record.kind != "clip"])
     if cured.provenance.fingerprint != scales.model.fingerprint:
         raise ArtifactError(
             f"{opened.provenance.name}: the scales are of another model, {scales.model.name}; "

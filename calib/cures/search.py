@@ -9,10 +9,10 @@ comes from another part, which no decision has seen.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from calib.corpus import TokenBlocks
 from calib.cures.candidate import Candidate
+from calib.cures.clip import Clip
+from calib.cures.judge import Judge
 from calib.cures.result import Cured, CureOptions
 from calib.cures.rungs import RUNGS
 from calib.cures.trials import Say, Trial, Trials
@@ -20,9 +20,11 @@ from calib.errors import GateError, UsageError
 from calib.measurement.artifact import Measurement
 from calib.models import OpenedModel
 from calib.quantized import QuantizedModel
-from calib.scales import choose_scales
 
 __all__ = ["find_cure"]
+
+_CLIPPED_ROWS = 4
+"""Blocks that a clip is judged on apart from those of the search: those that lose most by it."""
 
 
 def find_cure(
@@ -77,11 +79,10 @@ def _climb(trials: Trials) -> Trial:
 
 def _apply(trials: Trials, best: Trial) -> Cured:
     """Applies the chosen cures for good, and measures and verifies the model as it is then."""
-    candidate, options = best.candidate, trials.options
-    judge = trials.judge("verify", candidate.prefix_ids)
+    candidate, model = best.candidate, trials.model
+    search, verify = (trials.judge(part, candidate.prefix_ids) for part in ("search", "verify"))
     records = candidate.records()
-    with candidate.apply(trials.model) as applied:  # an error reverts
-        measurement = trials.measurement
+    with candidate.apply(model) as applied:  # an error reverts
         if candidate.changes_model:
             trials.opened = trials.opened.cured([record.model_dump_json() for record in records])
         if candidate.changes_model or candidate.resampled is not None or not trials.measured_all:
@@ -90,22 +91,52 @@ def _apply(trials: Trials, best: Trial) -> Cured:
             failed = [gate for gate in measurement.gates if not gate.passed]
             if failed:
                 raise GateError(f"{candidate.name}: gate {failed[0].name} failed: {failed[0].detail}")
-        scales = choose_scales(
-            measurement,
-            bits=options.bits,
-            symmetric=options.symmetric,
-            weight_granularity=options.weight_granularity,
-            include_sink=candidate.prefix is None,
-        )
-        final = replace(candidate, ranges=measurement, plan=None).planned(trials.model)
-        if candidate.plan is not None:
-            final = final.with_weights({n: w for n, w in candidate.plan.weights.items() if n in final.weights})
-        with QuantizedModel(trials.model, final):
-            trials.note_as_it_is(replace(candidate, ranges=measurement, plan=final), judge)
+            candidate = _fitted(trials, best, candidate.with_ranges(model, measurement), search)
+        else:
+            candidate = candidate.with_ranges(model, trials.measurement)
+        assert candidate.plan is not None
+        with QuantizedModel(model, candidate.plan):
+            trials.note_as_it_is(candidate, verify)
         applied.pop_all()  # nothing is reverted from here on
+    scales = candidate.scales()
     ignore = [*scales.ignore, *(name for name in candidate.kept if name not in scales.ignore)]
-    scales = scales.model_copy(update={"cures": records, "ignore": ignore})
-    return Cured(trials.opened, scales, measurement, final, trials.rows, _reason(trials, best), trials.skipped)
+    scales = scales.model_copy(update={"cures": candidate.records(), "ignore": ignore})
+    reason = _reason(trials, best)
+    return Cured(trials.opened, scales, candidate.ranges, candidate.plan, trials.rows, reason, trials.skipped)
+
+
+def _fitted(trials: Trials, best: Trial, whole: Candidate, search: Judge) -> Candidate:
+    """Clipped to the ranges that were searched with, where those of all the text are surely worse.
+
+    Unless the text that is clipped most would lose by it: massive activations carry what a model needs.
+
+    Args:
+        trials: of the search; the model has the cures, and is float.
+        best: what was chosen, with the ranges of the search.
+        whole: the same with those of all the text.
+        search: what it was chosen by.
+    """
+    clip = Clip.to(best.candidate.ranges, whole.ranges, include_sink=whole.prefix is None)
+    if clip is None:
+        return whole
+    score = trials.scored(whole, search)
+    said = f"{len(clip.limits)} ranges grew from {clip.blocks} to {clip.all_blocks} blocks: divergence {score.mean:.5f}"
+    if not score.surely_worse(best.score.divergence):
+        trials.say(f"{said}, no clipping")
+        return whole
+    clipped = whole.with_ranges(trials.model, whole.ranges, clip)
+    rows = clip.most_affected(whole.ranges, trials.blocks, len(whole.prefix_ids), _CLIPPED_ROWS)
+    if len(rows):
+        blocks = trials.blocks.select(rows)
+        judge = Judge(trials.model, blocks, prefix=whole.prefix_ids, batch_size=trials.options.batch_size)
+        ours, theirs = (trials.scored(one, judge).mean for one in (clipped, whole))
+        said += f", clipped {best.worth:.5f}; on the {len(rows)} blocks that are clipped most {theirs:.5f}, {ours:.5f}"
+        if ours > theirs:
+            trials.skipped["clip"] = f"text that is clipped loses by it: divergence {ours:.5f} instead of {theirs:.5f}"
+            trials.say(f"{said}, no clipping")
+            return whole
+    trials.say(said)
+    return clipped
 
 
 def _reason(trials: Trials, best: Trial) -> str:

@@ -164,6 +164,12 @@ class Trials:
         self._tell("search", candidate, score, judge, " (given up)" if given_up else "")
         return Trial(candidate, score, score.ratio(judge.reference_nll), given_up)
 
+    def scored(self, candidate: Candidate, judge: Judge) -> Score:
+        """What a candidate with a plan makes of a model that has its cures already."""
+        assert candidate.plan is not None
+        with QuantizedModel(self.model, candidate.plan):
+            return judge.judge()
+
     def met(self, trial: Trial) -> bool:
         """Whether the target is met on the search blocks, by the upper end of the interval: they are few."""
         worst = 1 + trial.score.interval().high if trial.ratio is None else trial.ratio.high

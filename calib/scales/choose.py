@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +39,7 @@ def choose_scales(
     sites: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     include_sink: bool = True,
+    limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> ScaleFile:
     """Chooses a scale for every measured tensor and says what error to expect.
 
@@ -59,6 +60,8 @@ def choose_scales(
         ignore: patterns of tensors left in floating point.
         include_sink: whether the first positions of a block count. False where they will not be quantized, as behind a
             prefix that stays in float.
+        limits: canonical site name -> lowest and highest value that its grid, one for the whole site, reaches to. What
+            lies beyond is clipped, and counts as that in the expected error.
 
     Raises:
         UsageError: bits, method, granularity or a pattern is invalid.
@@ -79,7 +82,8 @@ def choose_scales(
     for name, site in selected.sites.items():
         if per_channel and site.statistics.channels is None:
             raise ArtifactError(f"{name}: its channels were not measured; use per-tensor, or measure all statistics")
-        scale = activation_scale(name, site, chosen, grid, per_channel=per_channel)
+        limit = None if limits is None else limits.get(site.name)
+        scale = activation_scale(name, site, chosen, grid, per_channel=per_channel, limit=limit)
         if scale is None:
             zero.append(name)
         else:

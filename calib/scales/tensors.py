@@ -24,11 +24,22 @@ __all__ = ["activation_scale", "weight_scale"]
 
 
 def activation_scale(
-    name: str, site: Site, method: BoundMethod, grid: Grid, *, per_channel: bool = False
+    name: str,
+    site: Site,
+    method: BoundMethod,
+    grid: Grid,
+    *,
+    per_channel: bool = False,
+    limit: tuple[float, float] | None = None,
 ) -> TensorScale | None:
-    """Scale of one site; None if all of its values are 0 or nearly so: then no scale follows from the data."""
+    """Scale of one site; None if all of its values are 0 or nearly so: then no scale follows from the data.
+
+    The grid reaches no further than `limit`, its lowest and highest value, if there is one.
+    """
     distribution = distribution_of(name, site, method)
     step = method.step(distribution, grid)
+    if step is not None and limit is not None:
+        step = grid.step(max(step.low, limit[0]), min(step.high, limit[1]))
     if step is None:
         return None
     measured = site.statistics.histogram is not None
