@@ -26,7 +26,7 @@ def token_ids(model: nn.Module, rows: int = 2, tokens: int = 32) -> torch.Tensor
     vocabulary = int(config.get_text_config().vocab_size)
     longest = int(getattr(config.get_text_config(), "max_position_embeddings", None) or tokens)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (rows, min(tokens, longest)), generator=generator)
+    return torch.randint(0, vocabulary, (rows, min(tokens, longest) if longest > 0 else tokens), generator=generator)
 
 
 def largest_difference(first: Any, second: Any) -> float:

@@ -16,7 +16,7 @@ from torch import nn
 from calib.errors import ArtifactError
 from calib.export.safetensors_folder import SafetensorsFolder
 
-__all__ = ["CompressedCheckpoint", "CompressedLinear", "read_compressed_tensors"]
+__all__ = ["CompressedCheckpoint", "CompressedLinear", "has_cache", "read_compressed_tensors"]
 
 _SUFFIXES = ("weight_scale", "input_scale", "input_zero_point", "weight_zero_point", "k_scale", "v_scale")
 SMALLEST = 2.0**-126
@@ -98,7 +98,7 @@ def read_compressed_tensors(folder: Path) -> CompressedCheckpoint:
         for name, module in read.model.named_modules():
             if isinstance(module, nn.Linear) and not _ignored(name, read.ignored):
                 expected |= _read_linear(read, tensors, name, module)
-            elif kv and _has_cache(module):
+            elif kv and has_cache(read.model, module):
                 expected |= _read_kv(read, tensors, name)
         read.problems += _other_parameters(read.model, tensors, expected)
     unknown = [n for n in tensors.names if n.rpartition(".")[2] in _SUFFIXES and n not in expected]
@@ -150,10 +150,16 @@ def _ignored(name: str, patterns: list[str]) -> bool:
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 
-def _has_cache(module: nn.Module) -> bool:
-    """Whether compressed-tensors gives a module `k_scale` and `v_scale` (its `is_cached_attention_module`)."""
+def has_cache(model: nn.Module, module: nn.Module) -> bool:
+    """Whether compressed-tensors gives a module of a model `k_scale` and `v_scale`.
+
+    Source: `is_cached_attention_module`; and it stops where a configuration has no `num_key_value_heads` (OPT, BART).
+    """
     import inspect
 
+    whole: Any = model
+    if not hasattr(whole.config.get_text_config(decoder=True), "num_key_value_heads"):
+        return False
     if "attention" not in type(module).__name__.lower():
         return False
     if not any(hasattr(module, name) for name in ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")):

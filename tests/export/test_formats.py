@@ -15,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calib.corpus import build_blocks
 from calib.cures.result import CURES
-from calib.errors import ArtifactError, CalibError, UsageError
+from calib.errors import ArtifactError, CalibError, ModelError, UsageError
 from calib.export import FORMATS, export_scales, verify_export, write_checkpoint
 from calib.export.aimet import Encoding, encodings
 from calib.export.read_aimet import read_aimet
+from calib.measurement.engine import MeasureOptions, measure
+from calib.models import open_model
 from calib.scales import load_scales
 from calib.schema.scales import CureRecord
 from tests.export.conftest import Lab
@@ -182,6 +185,28 @@ def test_torchao_runs_every_layer_in_integers_with_our_scales(llama: Lab, tmp_pa
     assert content[DOWN] == pytest.approx(input_amax(llama, DOWN) / 127.5, rel=1e-7)
     with pytest.raises(UsageError, match="--model"):
         verify_export(folder)
+
+
+@pytest.fixture(scope="module")
+def half(tiny_llama: Path) -> Lab:
+    opened = open_model(tiny_llama, device="cpu", dtype="bfloat16")
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=2, max_length=16)
+    return Lab(opened, measure(opened, blocks, MeasureOptions()))
+
+
+def test_torchao_runs_a_model_in_half_precision(half: Lab, tmp_path: Path) -> None:
+    folder = export(half, tmp_path / "out", "torchao")
+    report = verify_export(folder, model=half.opened).consumer
+    assert report is not None
+    assert report.problems == []
+    assert next(half.opened.model.parameters()).dtype == torch.bfloat16  # it is compared in a copy
+
+
+@pytest.mark.parametrize("to", ["onnx-qdq", "openvino"])
+def test_graphs_in_integers_refuse_half_precision_before_they_export(to: str, half: Lab, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"was measured in bfloat16.*--dtype float32"):
+        export(half, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
 
 
 def test_torchao_and_quark_refuse_zero_points(llama: Lab, tmp_path: Path) -> None:
