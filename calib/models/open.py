@@ -16,7 +16,7 @@ from torch import nn
 
 from calib.errors import ModelError, UsageError
 from calib.models.checkpoint import Checkpoint, read_checkpoint, read_headers
-from calib.models.checks import check_code, check_finite, check_missing, check_vocabulary
+from calib.models.checks import check_code, check_finite, check_missing, check_sizes, check_vocabulary
 from calib.models.memory import check_memory
 from calib.models.packed import is_packed, unpacked_state
 from calib.models.provenance import checkpoint_provenance
@@ -150,6 +150,8 @@ def _load(
 
         # its kernels for GPUs compute all experts in one call, in which none can be seen
         options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if not checkpoint.config.get("quantization_config"):
+        options["ignore_mismatched_sizes"] = True  # else the names and sizes are only in a printed report
     if device != "cpu":
         options["device_map"] = device if device == "balanced" else {"": device}
     model, missing = _from_pretrained(cls, checkpoint, name, options)
@@ -181,6 +183,7 @@ def _from_pretrained(
                 "the checkpoint before quantization"
             ) from error
         raise ModelError(f"model {name}: {cls.__name__} cannot load it ({reason(error)}); check its files") from error
+    check_sizes(info["mismatched_keys"], model, name)
     return model, set(info["missing_keys"])
 
 
