@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from calib.cures.scope import tensors_in
+
 __all__ = ["first_output", "largest_difference", "paired_speed", "token_ids"]
 
 
 def first_output(output: Any) -> torch.Tensor:
-    """Logits, or the last hidden state, of a transformers model."""
-    found: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    return found
+    """Logits, or the last hidden state, of a transformers model; of another output its first tensor."""
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(output, name, None)
+        if isinstance(found, torch.Tensor):
+            return found
+    return tensors_in(output)[0]
 
 
 def token_ids(model: nn.Module, rows: int = 2, tokens: int = 32) -> torch.Tensor:

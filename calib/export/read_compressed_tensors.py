@@ -15,10 +15,12 @@ from torch import nn
 
 from calib.errors import ArtifactError
 from calib.export.safetensors_folder import SafetensorsFolder
+from calib.models.quiet import quiet_transformers
 
 __all__ = ["CompressedCheckpoint", "CompressedLinear", "has_cache", "read_compressed_tensors"]
 
-_SUFFIXES = ("weight_scale", "input_scale", "input_zero_point", "weight_zero_point", "k_scale", "v_scale")
+SUFFIXES = ("weight_scale", "input_scale", "input_zero_point", "weight_zero_point", "k_scale", "v_scale")
+"""Last parts of the names that the format adds to a checkpoint; a model may have a `logit_scale` of its own."""
 SMALLEST = 2.0**-126
 
 
@@ -101,7 +103,7 @@ def read_compressed_tensors(folder: Path) -> CompressedCheckpoint:
             elif kv and has_cache(read.model, module):
                 expected |= _read_kv(read, tensors, name)
         read.problems += _other_parameters(read.model, tensors, expected)
-    unknown = [n for n in tensors.names if n.rpartition(".")[2] in _SUFFIXES and n not in expected]
+    unknown = [n for n in tensors.names if n.rpartition(".")[2] in SUFFIXES and n not in expected]
     read.problems += [f"{name}: no layer that is quantized reads it" for name in unknown]
     return read
 
@@ -134,12 +136,13 @@ def _architecture(read: CompressedCheckpoint) -> nn.Module | None:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(read.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        with torch.device("meta"):
-            model: nn.Module = cls(config)
+        with quiet_transformers():  # the class of a model imports what warns
+            config = transformers.AutoConfig.from_pretrained(read.folder)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            cls = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+            with torch.device("meta"):
+                model: nn.Module = cls(config)
     except Exception as error:  # any model class may fail in its own way
         read.problems.append(f"config.json: its model cannot be built ({' '.join(str(error).split())[:200]})")
         return None

@@ -21,6 +21,7 @@ from calib.errors import ArtifactError, CalibError, ModelError, UsageError
 from calib.export import FORMATS, export_scales, verify_export, write_checkpoint
 from calib.export.aimet import Encoding, encodings
 from calib.export.read_aimet import read_aimet
+from calib.export.torchao import apply_torchao
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import open_model
 from calib.scales import load_scales
@@ -185,6 +186,18 @@ def test_torchao_runs_every_layer_in_integers_with_our_scales(llama: Lab, tmp_pa
     assert content[DOWN] == pytest.approx(input_amax(llama, DOWN) / 127.5, rel=1e-7)
     with pytest.raises(UsageError, match="--model"):
         verify_export(folder)
+
+
+def test_torchao_takes_inputs_of_any_dimensions() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16)).eval()
+    expected = model[0](torch.ones(3, 32))
+    apply_torchao(model, {"0": 1 / 127.5})
+    with torch.no_grad():
+        for shape in ((3, 32), (1, 3, 32), (1, 1, 3, 32), (3, 32)):  # a pooler, a layer of a block, again a pooler
+            found = model(torch.ones(shape))
+            assert found.shape == (*shape[:-1], 16)
+            torch.testing.assert_close(found.reshape(3, 16), expected, rtol=0.05, atol=0.02)
 
 
 @pytest.fixture(scope="module")
