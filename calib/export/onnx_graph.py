@@ -94,7 +94,7 @@ def float_graph(opened: OpenedModel) -> FloatGraph:
         while cause.__cause__ is not None:  # torch's own error is advice on how to change the code of the model
             cause = cause.__cause__
         raise ModelError(
-            f"{opened.provenance.name}: torch cannot export it to ONNX from token ids alone ({reason(cause, 200)}); "
+            f"{opened.provenance.name}: torch cannot export it to ONNX ({reason(cause, 200)}); "
             "choose a format without a graph (`calib formats`)"
         ) from error
     return _with_products(program.model_proto)

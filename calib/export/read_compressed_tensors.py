@@ -91,7 +91,10 @@ def read_compressed_tensors(folder: Path) -> CompressedCheckpoint:
     if quantization.get("quant_method") != "compressed-tensors":
         raise ArtifactError(f"{folder}: quant_method is not compressed-tensors; pass another folder")
     read = CompressedCheckpoint(folder, config)
-    kv = _read_scheme(read, quantization)
+    try:
+        kv = _read_scheme(read, quantization)
+    except (AttributeError, TypeError, re.error) as error:  # another type, or pattern, than the format has there
+        raise ArtifactError(f"{folder}: its quantization_config is damaged ({error}); export again") from error
     tensors = SafetensorsFolder(folder)
     read.problems += tensors.problems
     read.model = _architecture(read)
@@ -110,7 +113,12 @@ def read_compressed_tensors(folder: Path) -> CompressedCheckpoint:
 
 def _read_scheme(read: CompressedCheckpoint, quantization: dict[str, Any]) -> bool:
     """Reads the scheme; returns whether keys and values have scales."""
-    read.ignored = [str(pattern) for pattern in quantization.get("ignore") or []]
+    ignored = quantization.get("ignore") or []
+    if not isinstance(ignored, list):
+        raise TypeError("ignore is no list")
+    read.ignored = [str(pattern) for pattern in ignored]
+    for pattern in read.ignored:
+        re.compile(pattern[3:] if pattern.startswith("re:") else "")
     groups = list((quantization.get("config_groups") or {}).values())
     if len(groups) != 1:
         raise ArtifactError(f"{read.folder}: has {len(groups)} groups of layers; only one group W8A8 is read here")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +170,9 @@ def _from_pretrained(
     cls: Any, checkpoint: Checkpoint, name: str, options: dict[str, Any]
 ) -> tuple[nn.Module, set[str]]:
     try:
-        model, info = cls.from_pretrained(None if "state_dict" in options else checkpoint.folder, **options)
+        # compressed-tensors draws progress bars that no setting turns off
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, info = cls.from_pretrained(None if "state_dict" in options else checkpoint.folder, **options)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(
             f"model {name}: out of memory while loading ({reason(error)}); pass --dtype bfloat16 or another --device"

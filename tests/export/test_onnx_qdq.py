@@ -238,6 +238,6 @@ def test_a_model_that_torch_cannot_export_says_its_own_reason(
             raise RuntimeError("\x1b[96mThis is step 1/3\x1b[0m of exporting") from error
 
     monkeypatch.setattr(torch.onnx, "export", stop)
-    with pytest.raises(ModelError, match=r"from token ids alone \(needs pixels too\); choose a format without a graph"):
+    with pytest.raises(ModelError, match=r"export it to ONNX \(needs pixels too\); choose a format without a graph"):
         exported(bert, tmp_path / "out", symmetric=False)
     assert not (tmp_path / "out").exists()
