@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from calib.cures.result import CURES
 from calib.errors import ArtifactError, CalibError, ModelError, UsageError
 from calib.export import FORMATS, export_scales, verify_export, write_checkpoint
 from calib.export.aimet import Encoding, encodings
+from calib.export.imatrix import gguf_names
 from calib.export.read_aimet import read_aimet
 from calib.export.torchao import apply_torchao
 from calib.measurement.engine import MeasureOptions, measure
@@ -410,3 +412,19 @@ def test_no_format_takes_scales_that_need_an_operation_while_the_model_runs(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ArtifactError, match="an operation that no checkpoint holds"):
         write_checkpoint(llama.opened, scales, tmp_path)
+
+
+def test_llama_cpp_knows_the_text_half_of_a_model_by_the_name_of_the_whole(llama: Lab) -> None:
+    pytest.importorskip("gguf")
+    weights = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+
+    def of(kind: str) -> Any:
+        model = llama.measurement.model.model_copy(update={"model_type": kind})
+        return replace(llama.measurement, model=model)
+
+    assert gguf_names(of("gemma3_text"), weights) == {
+        weights[0]: "blk.0.attn_q.weight",
+        weights[1]: "blk.1.ffn_down.weight",
+    }
+    with pytest.raises(ModelError, match="knows no architecture xlnet"):
+        gguf_names(of("xlnet"), weights)
