@@ -22,13 +22,15 @@ from calib.errors import ArtifactError, CalibError, ModelError, UsageError
 from calib.export import FORMATS, export_scales, verify_export, write_checkpoint
 from calib.export.aimet import Encoding, encodings
 from calib.export.imatrix import gguf_names
+from calib.export.linears import LinearRange
+from calib.export.ort_calibration import tensor_ranges
 from calib.export.read_aimet import read_aimet
 from calib.export.torchao import apply_torchao
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import open_model
 from calib.scales import load_scales
 from calib.schema.scales import CureRecord
-from tests.export.conftest import Lab
+from tests.export.conftest import Lab, lab
 
 
 def export(held: Lab, folder: Path, to: str, *, kv_cache: bool = False, **options: Any) -> Path:
@@ -200,6 +202,22 @@ def test_torchao_takes_inputs_of_any_dimensions() -> None:
             found = model(torch.ones(shape))
             assert found.shape == (*shape[:-1], 16)
             torch.testing.assert_close(found.reshape(3, 16), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def albert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """An ALBERT: two layers that are one module."""
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("albert")
+    shutil.copytree(tiny_bert, folder, dirs_exist_ok=True)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    config = AlbertConfig(
+        vocab_size=len(tokenizer["model"]["vocab"]), embedding_size=32, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    AlbertForMaskedLM(config).save_pretrained(folder)
+    return lab(folder, samples=2, max_length=16)
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +430,24 @@ def test_no_format_takes_scales_that_need_an_operation_while_the_model_runs(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ArtifactError, match="an operation that no checkpoint holds"):
         write_checkpoint(llama.opened, scales, tmp_path)
+
+
+def test_a_tensor_of_the_graph_covers_every_call_and_every_layer_that_reads_it() -> None:
+    ranges = {"q": LinearRange("q", -1.0, 2.0, True), "v": LinearRange("v", -3.0, 1.0, False)}
+    aliases = {"q:input": "first", "v:input": "first", "q:input#1": "second", "gone:input": "third"}
+    assert tensor_ranges(aliases, ranges) == {
+        "first": LinearRange("first", -3.0, 2.0, False),
+        "second": LinearRange("second", -1.0, 2.0, True),
+    }
+
+
+def test_a_layer_that_is_called_twice_has_an_override_for_each_call(albert: Lab, tmp_path: Path) -> None:
+    folder = export(albert, tmp_path / "out", "ort-calibration")
+    assert verify_export(folder, run=False).problems == []
+    names = load_scales(folder).aliases["onnx"]
+    shared = [name for name in names if name.endswith("ffn:input#1")]
+    assert len(shared) == 1
+    assert names[shared[0]] != names[shared[0].removesuffix("#1")]
 
 
 def test_llama_cpp_knows_the_text_half_of_a_model_by_the_name_of_the_whole(llama: Lab) -> None:
