@@ -31,6 +31,10 @@ COMMANDS = {
 }
 
 
+LONGEST = 300
+"""Characters of an exception's text that are shown; some print a whole configuration."""
+
+
 class LazyGroup(click.Group):
     """Imports a command's module when the command is run or its help is read."""
 
@@ -66,9 +70,10 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and turns errors into one line and an exit code."""
-    own_process()
     given = sys.argv[1:] if arguments is None else arguments
     verbose = sum(a.count("v") for a in given if a.startswith("-v") and set(a[1:]) == {"v"})
+    verbose += given.count("--verbose")
+    own_process(verbose=verbose > 0)
     try:
         cli.main(args=given, prog_name="calib", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -84,10 +89,26 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("calib: interrupted; nothing was written", err=True)
         sys.exit(130)
+    except Exception as error:  # the end of the process: what no part of calib foresaw is one line too
+        if verbose > 1:
+            traceback.print_exc()
+        click.echo(f"calib: {_unforeseen(error)}", err=True)
+        sys.exit(1)
 
 
-def own_process() -> None:
-    """Settings that only the owner of a process may choose, before torch and numba are imported."""
+def _unforeseen(error: Exception) -> str:
+    """One line of an exception that is none of calib's: of the operating system, a library, or a defect."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or text}; pass another path"
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return f"stopped by {type(error).__name__}: {text or 'no reason given'}; -v -v shows where, for a report of it"
+
+
+def own_process(*, verbose: bool = False) -> None:
+    """Settings that only the owner of a process may choose, before torch, numba and transformers are imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not verbose:  # it advises on kernels and masks as models run, on the terminal of a user who called neither
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cache = Path(os.environ.get("CALIB_CACHE", Path.home() / ".cache" / "calib"))
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))

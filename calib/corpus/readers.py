@@ -70,6 +70,10 @@ def document_from_record(record: object, where: str, domain: str | None, fallbac
     if not isinstance(record, Mapping):
         raise CorpusError(f"{where}: not an object; expected one of the fields {', '.join(FIELDS)}")
     present = {name: record[name] for name in FIELDS if record.get(name) is not None}
+    null = [name for name in FIELDS if name in record and name not in present]
+    if null and not present:
+        fields = ", ".join(FIELDS)
+        raise CorpusError(f"{where}: none of the fields {fields} holds anything; `{null[0]}` is null, drop such rows")
     if not present:
         found = ", ".join(map(str, list(record)[:8])) or "nothing"
         raise CorpusError(f"{where}: none of the fields {', '.join(FIELDS)}; found {found}, rename the field")

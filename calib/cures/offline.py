@@ -3,7 +3,8 @@
 
 QuaRot (Ashkboos et al. 2024, sections 3 and 4.1, after SliceGPT, Ashkboos et al. 2024): an RMS norm without its weight
 commutes with an orthogonal R. So its weight moves into the layers that read it, what writes the stream is multiplied
-by R, and what reads it by R as well, whose transpose undoes it. The result is an ordinary checkpoint.
+by R, and what reads it by R as well, whose transpose undoes it. A LayerNorm commutes with an R that keeps the mean,
+``1 R = 1``; its bias b stays in it, as ``(b / weight) R``. The result is an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -175,36 +176,26 @@ class OfflineRotation:
 
     def _changes(self, model: nn.Module) -> dict[str, list[Change]]:
         """By parameter, what is done to it: to float32 ``[outputs, inputs]``, or ``[outputs]`` of a bias."""
-        changes: dict[str, list[Change]] = {}
-
-        def add(name: str, change: Change) -> None:
-            changes.setdefault(name, []).append(change)
-
-        def add_rows(module: str, change: Change) -> None:
-            add(f"{module}.weight", lambda w: change(w.T).T)
-            if model.get_submodule(module)._parameters.get("bias") is not None:
-                add(f"{module}.bias", change)
-
-        def add_columns(module: str, change: Change) -> None:
-            add(f"{module}.weight", partial(on_columns, model.get_submodule(module), change=change))
-
+        changes = _Changes(model)
         if self.stream is not None:
-            rotate = Rotation(self.stream.width, self.seed).rotate
-            add(f"{self.stream.embedding}.weight", rotate)
+            rotate = Rotation(self.stream.width, self.seed, keeps_mean=self.stream.keeps_mean).rotate
+            for table in (self.stream.embedding, *self.stream.places):
+                changes.add(f"{table}.weight", rotate)
             for reader in self.stream.readers:
-                add(f"{reader.norm}.weight", torch.zeros_like if reader.rule == "norm_plus_one" else torch.ones_like)
                 multiplier = _multiplier(model, reader)
+                for parameter, change in _of_norm(model, reader, multiplier, rotate):
+                    changes.add(f"{reader.norm}.{parameter}", change)
                 for name in reader.consumers:
-                    add_columns(name, partial(torch.mul, multiplier))
-                    add_columns(name, rotate)
+                    changes.add_columns(name, partial(torch.mul, multiplier))
+                    changes.add_columns(name, rotate)
             for name in self.stream.writers:
-                add_rows(name, rotate)
+                changes.add_rows(name, rotate)
         for heads in self.heads:
             rotation = Rotation(heads.size, self.seed)
-            add_rows(heads.pair.producer, partial(heads.rotate_rows, rotation=rotation))
+            changes.add_rows(heads.pair.producer, partial(heads.rotate_rows, rotation=rotation))
             for consumer in heads.pair.consumers:
-                add_columns(consumer.module, partial(heads.rotate_columns, rotation=rotation))
-        return changes
+                changes.add_columns(consumer.module, partial(heads.rotate_columns, rotation=rotation))
+        return changes.steps
 
     @staticmethod
     def _compare(model: nn.Module, expected: torch.Tensor, result: torch.Tensor) -> None:
@@ -216,6 +207,28 @@ class OfflineRotation:
                 f"{type(model).__name__}: its logits change by {error:.2g} of their size when it is rotated: something "
                 "reads or writes the residual stream unseen; rotate inputs online"
             )
+
+
+class _Changes:
+    """Steps by parameter, in the order in which they are added."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.steps: dict[str, list[Change]] = {}
+        self._model = model
+
+    def add(self, name: str, change: Change) -> None:
+        """One more step for a parameter."""
+        self.steps.setdefault(name, []).append(change)
+
+    def add_rows(self, module: str, change: Change) -> None:
+        """Of what a linear layer returns, bias included."""
+        self.add(f"{module}.weight", lambda w: change(w.T).T)
+        if self._model.get_submodule(module)._parameters.get("bias") is not None:
+            self.add(f"{module}.bias", change)
+
+    def add_columns(self, module: str, change: Change) -> None:
+        """Of what a linear layer reads."""
+        self.add(f"{module}.weight", partial(on_columns, self._model.get_submodule(module), change=change))
 
 
 def _changed(model: nn.Module, changes: Mapping[str, list[Change]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -232,6 +245,20 @@ def _changed(model: nn.Module, changes: Mapping[str, list[Change]]) -> Iterator[
 def _multiplier(model: nn.Module, reader: Reader) -> torch.Tensor:
     weight = model.get_submodule(reader.norm).get_parameter("weight").detach().float()
     return 1 + weight if reader.rule == "norm_plus_one" else weight.clone()
+
+
+def _of_norm(
+    model: nn.Module, reader: Reader, multiplier: torch.Tensor, rotate: Change
+) -> Iterator[tuple[str, Change]]:
+    """What is left of a norm's parameters once its readers multiply by its weight."""
+    yield "weight", torch.zeros_like if reader.rule == "norm_plus_one" else torch.ones_like
+    bias = model.get_submodule(reader.norm)._parameters.get("bias")
+    if bias is None:
+        return
+    silent = multiplier == 0
+    if bool((silent & (bias != 0)).any()):
+        raise ModelError(f"{reader.norm}: adds a bias where its weight is 0; rotate inputs online")
+    yield "bias", lambda value: rotate(value / torch.where(silent, 1.0, multiplier))
 
 
 def _check_shared(model: nn.Module, changes: Mapping[str, object]) -> None:

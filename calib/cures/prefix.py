@@ -15,15 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from calib.corpus import TokenBlocks
-from calib.errors import UsageError
+from calib.errors import ModelError, UsageError
 from calib.measurement.engine import MeasureOptions, measure
+from calib.measurement.failure import explained
 from calib.models import OpenedModel
+from calib.models.device import input_device
+from calib.models.evaluating import evaluating
 from calib.schema.scales import CureRecord
 from calib.statistics.observation import REST
 
-__all__ = ["Prefix", "find_prefixes", "prefix_candidates"]
+__all__ = ["Prefix", "find_prefixes", "prefix_candidates", "room_for_prefix"]
 
 _MARKS = (".", "\n", ",", ":", "(", "\n\n", " the", " and")
 """Marks and words that occur everywhere: models learn to use such tokens as sinks."""
@@ -97,7 +101,8 @@ def find_prefixes(
         progress: called with (probes done, probes in all).
 
     Returns:
-        Best first; empty if none lowers the ranges by enough: this model has no sink that a prefix takes.
+        Best first; empty if none lowers the ranges by enough, for this model has no sink that a prefix takes, or if the
+        blocks fill all positions that the model has.
 
     Raises:
         UsageError: a candidate is outside of the vocabulary.
@@ -108,6 +113,9 @@ def find_prefixes(
     for token in tried:
         if not 0 <= token < vocabulary:
             raise UsageError(f"prefix: token {token} is outside of the vocabulary of {vocabulary}; choose another one")
+    most_tokens = room_for_prefix(opened, blocks, most_tokens)
+    if not most_tokens:
+        return []
     rows, tokens = _PROBED
     probe = blocks.select(range(min(rows, len(blocks)))).truncated(tokens)
     plain = _log2_range(opened, probe, ())
@@ -129,6 +137,30 @@ def find_prefixes(
         tried = [prefix.token_ids[-1] for prefix in scored[:later]]
     found = [prefix for prefix in found if prefix.log2_range < plain - _GAIN]
     return sorted(found, key=lambda prefix: prefix.log2_range)[:keep]
+
+
+def room_for_prefix(opened: OpenedModel, blocks: TokenBlocks, most_tokens: int) -> int:
+    """How many tokens, up to `most_tokens`, fit in front of the blocks: a model may have so many positions only.
+
+    Beyond what the configuration declares it is tried; not on a GPU, which a position out of range stops for good.
+    """
+    tokens, model = blocks.input_ids.shape[1], opened.model
+    config: Any = getattr(model, "config", None)
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    device = input_device(model)
+    for more in range(most_tokens, 0, -1):
+        if isinstance(declared, int) and 0 < tokens + more <= declared:
+            return more
+        if isinstance(declared, int) and device.type != "cpu":
+            continue
+        ids = torch.zeros(1, tokens + more, dtype=torch.long, device=device)
+        try:
+            with torch.no_grad(), evaluating(model), explained(opened, (1, tokens + more)):
+                model(input_ids=ids)
+        except ModelError:
+            continue
+        return more
+    return 0
 
 
 def _log2_range(opened: OpenedModel, blocks: TokenBlocks, prefix: tuple[int, ...]) -> float:

@@ -50,6 +50,8 @@ class ResidualStream:
         readers: norms in order of execution; the last one feeds the output head.
         writers: linear layers whose output is added to it.
         tied: whether embedding and head share their weight.
+        places: other embeddings that are added to the first one, as those of learned positions.
+        keeps_mean: whether a norm subtracts the mean over the channels, which a rotation then has to keep.
     """
 
     width: int
@@ -57,6 +59,8 @@ class ResidualStream:
     readers: tuple[Reader, ...]
     writers: tuple[str, ...]
     tied: bool
+    places: tuple[str, ...] = ()
+    keeps_mean: bool = False
 
     @property
     def head(self) -> str:
@@ -83,20 +87,28 @@ def find_residual(
     embedding, head, width = _ends(model, structure)
     readers: list[Reader] = []
     writers: list[str] = []
+    centred = False
     for scope in capture_scopes(model, inputs):
         probe = StreamProbe(scope, width)
-        rules = {name: _rotatable(name, model.get_submodule(name), width) for name in probe.norms()}
+        rules = {}
+        for name in probe.norms():
+            rules[name], subtracts = _rotatable(name, model.get_submodule(name), width)
+            centred |= subtracts
         readers += [_reader(name, rule, pairs, width) for name, rule in rules.items()]
         probe.check()
         writers += probe.writers()
-    norm = _final_norm(model, structure, (embedding, head))
-    readers.append(Reader(norm, _rotatable(norm, model.get_submodule(norm), width), (head,)))
+    norm, places = _outside(model, structure, (embedding, head), width)
+    rule, subtracts = _rotatable(norm, model.get_submodule(norm), width)
+    readers.append(Reader(norm, rule, (head,)))
     tied = model.get_submodule(head).get_parameter("weight") is model.get_submodule(embedding).get_parameter("weight")
-    return ResidualStream(width, embedding, tuple(readers), tuple(writers), tied)
+    return ResidualStream(width, embedding, tuple(readers), tuple(writers), tied, places, centred or subtracts)
 
 
-def _rotatable(name: str, norm: nn.Module, width: int) -> Rule:
-    """How a norm multiplies by its weight; without the weight it must commute with a rotation."""
+def _rotatable(name: str, norm: nn.Module, width: int) -> tuple[Rule, bool]:
+    """How a norm multiplies by its weight, and whether it subtracts the mean.
+
+    Without weight and bias it must commute with a rotation, if it subtracts the mean with one that keeps that.
+    """
     norm = copy.deepcopy(norm).float().cpu()
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     rule = producer_rule(norm, ((x,), {}), torch.from_numpy(probe_scales(width, seed=2)).float())
@@ -104,18 +116,17 @@ def _rotatable(name: str, norm: nn.Module, width: int) -> Rule:
         key: torch.zeros_like(p) if key == "bias" or rule == "norm_plus_one" else torch.ones_like(p)
         for key, p in norm.named_parameters()
     }
-    rotation = Rotation(width, seed=1)
-    with torch.no_grad():
-        plain, turned = (functional_call(norm, bare, t) for t in (x, rotation.rotate(x)))
-    if not same([rotation.rotate(plain)], [turned]):
-        raise ModelError(
-            f"{name}: {type(norm).__name__} does not commute with a rotation, as one that subtracts the mean never "
-            "does; rotate inputs online"
-        )
-    if rule is None or isinstance(norm._parameters.get("bias"), nn.Parameter):
-        what = "does not multiply by a weight" if rule is None else "adds a bias"
-        raise ModelError(f"{name}: {what} that its readers could take over; rotate inputs online")
-    return rule
+    for keeps_mean in (False, True):
+        rotation = Rotation(width, seed=1, keeps_mean=keeps_mean)
+        with torch.no_grad():
+            plain, turned = (functional_call(norm, bare, t) for t in (x, rotation.rotate(x)))
+        if same([rotation.rotate(plain)], [turned]):
+            break
+    else:
+        raise ModelError(f"{name}: {type(norm).__name__} does not commute with a rotation; rotate inputs online")
+    if rule is None:
+        raise ModelError(f"{name}: has no weight that its readers could take over; rotate inputs online")
+    return rule, keeps_mean
 
 
 def _reader(name: str, rule: Rule, pairs: Pairs, width: int) -> Reader:
@@ -145,8 +156,11 @@ def _ends(model: nn.Module, structure: Structure) -> tuple[str, str, int]:
     return embedding, structure.head, int(weight.shape[1])
 
 
-def _final_norm(model: nn.Module, structure: Structure, ends: tuple[str, str]) -> str:
-    """The one norm outside of the blocks. All else there that holds parameters might read or write the stream."""
+def _outside(model: nn.Module, structure: Structure, ends: tuple[str, str], width: int) -> tuple[str, tuple[str, ...]]:
+    """The one norm outside of the blocks, and embeddings as wide as the stream, which are added to the first one.
+
+    All else there that holds parameters might read or write the stream.
+    """
     outside = [
         name
         for name, module in model.named_modules()
@@ -155,10 +169,15 @@ def _final_norm(model: nn.Module, structure: Structure, ends: tuple[str, str]) -
         and (is_norm(module) or any(True for _ in module.parameters(recurse=False)))
     ]
     norms: list[str] = [name for name in outside if is_norm(model.get_submodule(name))]
-    other = next((name for name in outside if name not in norms), None)
+    places = tuple(name for name in outside if _is_table(model.get_submodule(name), width))
+    other = next((name for name in outside if name not in norms and name not in places), None)
     if other is not None:
         raise ModelError(f"{other}: is outside of the blocks and may touch the residual stream; rotate inputs online")
     if len(norms) != 1:
         found = ", ".join(norms) or "none"
         raise ModelError(f"{type(model).__name__}: needs one norm before its head, has {found}; rotate inputs online")
-    return norms[0]
+    return norms[0], places
+
+
+def _is_table(module: nn.Module, width: int) -> bool:
+    return isinstance(module, nn.Embedding) and module.embedding_dim == width

@@ -122,7 +122,15 @@ def post_smoothing_amax(
 
 
 def _floored(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """At least `FLOOR` of the largest; all equal where there is nothing to go by."""
+    """At least `FLOOR` of the largest; a channel that was only ever 0 counts as the usual one, for it says nothing.
+
+    The neuron of a ReLU that stayed silent in this text may fire in other text, as loud as its neighbours. Taken at the
+    floor, its scale would be so small that this one channel then makes the range of the whole tensor.
+    """
     wide = values.astype(np.float64)
-    largest = float(wide.max(initial=0.0))
-    return np.maximum(wide, FLOOR * largest) if largest > 0 else np.ones_like(wide)
+    heard = wide > 0
+    if not heard.any():
+        return np.ones_like(wide)
+    wide[heard] = np.maximum(wide[heard], FLOOR * wide.max())
+    wide[~heard] = np.exp(np.log(wide[heard]).mean())
+    return wide

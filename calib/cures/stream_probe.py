@@ -119,8 +119,9 @@ class StreamProbe:
             return hook
 
         def holder(name: str) -> Callable[..., torch.Tensor | None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-                if output.numel() != self._change.numel():  # of an expert, whose tokens change with the input
+            def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> torch.Tensor | None:
+                # a router may return more than a tensor; the tokens of an expert change with the input
+                if not isinstance(output, torch.Tensor) or output.numel() != self._change.numel():
                     return None
                 if moved is None:
                     self._held.setdefault(name, []).append(output.clone())

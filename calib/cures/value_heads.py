@@ -114,8 +114,10 @@ def _run(
     def before(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
         return lambda _, args: (change(args[0]), *args[1:])
 
-    def after(name: str) -> Callable[..., torch.Tensor]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def after(name: str) -> Callable[..., torch.Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> torch.Tensor | None:
+            if not isinstance(output, torch.Tensor):  # a router may be a linear layer that returns more
+                return None
             loud = output * loudness.get(name, 1.0)
             return rows[name](loud) if name in rows else loud
 
@@ -134,8 +136,9 @@ def _loudness(scope: Scope, layers: Mapping[str, nn.Module]) -> dict[str, float]
     sizes: dict[str, float] = {}
 
     def meter(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            sizes.setdefault(name, float(output.square().mean().sqrt()))
+        def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if isinstance(output, torch.Tensor):
+                sizes.setdefault(name, float(output.square().mean().sqrt()))
 
         return hook
 

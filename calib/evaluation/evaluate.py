@@ -21,6 +21,7 @@ from calib.evaluation.layer_table import layer_table
 from calib.evaluation.layers import layer_errors
 from calib.evaluation.outputs import compare_outputs
 from calib.evaluation.prefix import prefix_of, require_in_vocabulary
+from calib.measurement.failure import explained
 from calib.models import OpenedModel
 from calib.models.device import input_device
 from calib.quantized import QuantizationPlan, QuantizedModel, QuantizedWeight, plan_from_scales
@@ -78,6 +79,7 @@ def evaluate(
         UsageError: rows or options that cannot be had.
         ArtifactError: the scale file is of another model, or its prefix is outside of the vocabulary.
         GateError: NaN.
+        ModelError: the model cannot run on such blocks, or memory does not suffice.
     """
     model = opened.model
     prefix: tuple[int, ...] = ()
@@ -112,12 +114,13 @@ def evaluate(
     if prefix and not language:
         raise UsageError(f"{opened.provenance.name}: is no language model, a prefix does not apply; measure without it")
     run = _Run(model, blocks.input_ids, prefix, size, language, _in_tokens(progress, blocks))
-    figures = run.in_words(rows) if language else run.outputs(rows)
     layers: LayerTable | None = None
-    if layer_blocks > 0:
-        few = min(layer_blocks, len(blocks))
-        found = layer_errors(model, run.batches(1, few), rows[-1].plan, scales=scales)
-        layers = layer_table(found, rows[-1].label, few)
+    with explained(opened, (size, len(prefix) + blocks.input_ids.shape[1]), measuring=False):
+        figures = run.in_words(rows) if language else run.outputs(rows)
+        if layer_blocks > 0:
+            few = min(layer_blocks, len(blocks))
+            found = layer_errors(model, run.batches(1, few), rows[-1].plan, scales=scales)
+            layers = layer_table(found, rows[-1].label, few)
     return EvaluationFile(
         producer=Producer(version=__version__),
         model=opened.provenance,

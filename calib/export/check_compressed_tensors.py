@@ -16,13 +16,14 @@ from torch import nn
 from calib.cures.restore import rounded_digests
 from calib.errors import ModelError
 from calib.export.checks import checks, consumer
-from calib.export.compare import first_output, largest_difference, token_ids
+from calib.export.compare import first_output, largest_difference
 from calib.export.compressed_tensors import kv_scales
 from calib.export.emulate import compressed_tensors_plan, compute_transforms, float_model
 from calib.export.linears import FUSED, AttentionRange, attention_ranges, linear_ranges
 from calib.export.read_compressed_tensors import CompressedCheckpoint, read_compressed_tensors
 from calib.export.report import ConsumerReport, Verification
 from calib.export.transform_config import transform_config
+from calib.export.trial_inputs import trial_inputs
 from calib.models.checkpoint import read_checkpoint
 from calib.models.provenance import tokenizer_sha256
 from calib.models.quiet import quiet_transformers
@@ -71,12 +72,12 @@ def run_transformers(
         cls: Any = type(reference)
         loaded = cls.from_pretrained(folder, dtype="float32").eval()
         compute_transforms(read, loaded)
-    ids = token_ids(reference)
+    inputs = trial_inputs(reference)
     plan = compressed_tensors_plan(read)
     with torch.no_grad(), redirect_stderr(io.StringIO()):
-        theirs = first_output(loaded(input_ids=ids))
+        theirs = first_output(loaded(**inputs))
         with QuantizedModel(reference, plan):
-            ours = first_output(reference(input_ids=ids))
+            ours = first_output(reference(**inputs))
             exact, worst = _layers(reference, loaded, read)
     states = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
     held = [_same(states, f"{name}.input_scale", linear.input_scale) for name, linear in read.linears.items()]

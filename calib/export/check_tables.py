@@ -22,7 +22,7 @@ from calib.export.csv_table import FILE as CSV
 from calib.export.csv_table import export_csv
 from calib.export.imatrix import FILES
 from calib.export.linears import linear_ranges
-from calib.export.ort_calibration import OVERRIDES
+from calib.export.ort_calibration import OVERRIDES, tensor_ranges
 from calib.export.read_aimet import read_aimet
 from calib.export.report import Verification
 from calib.export.request import ExportRequest
@@ -70,9 +70,8 @@ def check_ort(folder: Path, manifest: ExportManifest | None, scales: ScaleFile |
     content = _json(folder / OVERRIDES, found)
     if scales is None or content is None:
         return found
-    ranges = linear_ranges(scales, fused=False).ranges
-    graph = {there: name.removesuffix(":input") for name, there in scales.aliases.get("onnx", {}).items()}
-    wanted = {there: ranges[module].grid() for there, module in graph.items() if module in ranges}
+    ranges = tensor_ranges(scales.aliases.get("onnx", {}), linear_ranges(scales, fused=False).ranges)
+    wanted = {name: found.grid() for name, found in ranges.items()}
     try:
         held = {str(name): (float(one["scale"]), int(one["zero_point"])) for name, one in content.items()}
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from calib.cures.scope import tensors_in
+
 __all__ = ["first_output", "largest_difference", "paired_speed", "token_ids"]
 
 
 def first_output(output: Any) -> torch.Tensor:
-    """Logits, or the last hidden state, of a transformers model."""
-    found: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    return found
+    """Logits, or the last hidden state, of a transformers model; of another output its first tensor."""
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(output, name, None)
+        if isinstance(found, torch.Tensor):
+            return found
+    return tensors_in(output)[0]
 
 
 def token_ids(model: nn.Module, rows: int = 2, tokens: int = 32) -> torch.Tensor:
@@ -26,7 +31,7 @@ def token_ids(model: nn.Module, rows: int = 2, tokens: int = 32) -> torch.Tensor
     vocabulary = int(config.get_text_config().vocab_size)
     longest = int(getattr(config.get_text_config(), "max_position_embeddings", None) or tokens)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (rows, min(tokens, longest)), generator=generator)
+    return torch.randint(0, vocabulary, (rows, min(tokens, longest) if longest > 0 else tokens), generator=generator)
 
 
 def largest_difference(first: Any, second: Any) -> float:

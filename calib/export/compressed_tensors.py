@@ -22,6 +22,7 @@ from calib.errors import ArtifactError, ModelError, UsageError
 from calib.export.checkpoint import copy_companions, read_config, save_weights, write_config
 from calib.export.formats import FORMATS, register
 from calib.export.linears import AttentionRange, LinearRange, Linears, attention_ranges, linear_ranges
+from calib.export.read_compressed_tensors import has_cache
 from calib.export.request import ExportRequest, ExportSummary
 from calib.export.transform_config import transform_config, transform_tensors
 from calib.models import OpenedModel
@@ -139,7 +140,7 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
     if scales.bits != 8:
         raise UsageError(f"checkpoint: --bits {scales.bits} has no checkpoint format here; only 8 has")
     linears = linear_ranges(scales, opened.model)
-    attention = attention_ranges(scales) if request.kv_cache else {}
+    attention = _cached(opened, attention_ranges(scales)) if request.kv_cache else {}
     if request.kv_heads:
         _require_heads(attention)
     symmetric = floating or all(found.symmetric for found in linears.ranges.values())
@@ -219,6 +220,23 @@ def kv_scales(amax: Sequence[float], *, per_head: bool = False) -> torch.Tensor:
     """FP8 scales of keys or values, float32: ``[1]``, or ``[heads, 1, 1]`` per head."""
     scales = torch.tensor([value / FLOAT8_MAX for value in amax], dtype=torch.float32)
     return scales.reshape(-1, 1, 1) if per_head else scales
+
+
+def _cached(opened: OpenedModel, attention: Mapping[str, AttentionRange]) -> dict[str, AttentionRange]:
+    """Those that readers give scales of keys and values; they drop any other, or do not load the checkpoint.
+
+    Raises:
+        ModelError: there is none.
+    """
+    modules = {name: opened.model.get_submodule(name) for name in attention}
+    held = {name: kv for name, kv in attention.items() if has_cache(opened.model, modules[name])}
+    if not held:
+        kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
+        raise ModelError(
+            f"{opened.provenance.name}: readers of this format hold no scales of keys and values for {kinds}; "
+            "export without --kv-cache"
+        )
+    return held
 
 
 def _kv_strategy(request: ExportRequest, attention: Mapping[str, AttentionRange]) -> str | None:

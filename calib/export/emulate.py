@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from calib.errors import ArtifactError
-from calib.export.read_compressed_tensors import CompressedCheckpoint, CompressedLinear
+from calib.export.read_compressed_tensors import SUFFIXES, CompressedCheckpoint, CompressedLinear
 from calib.export.safetensors_folder import SafetensorsFolder
 from calib.models.transforms import apply_online_transforms
 from calib.quantized.grid import IntegerGrid
@@ -50,7 +50,7 @@ def float_model(read: CompressedCheckpoint) -> nn.Module:
     files = SafetensorsFolder(read.folder)
     modules = dict(read.model.named_modules())  # matrices of transforms are below none of them
     names = [name for name in files.names if name.rpartition(".")[0] in modules]
-    state = {name: files.tensor(name) for name in names if not name.endswith(("_scale", "_zero_point"))}
+    state = {name: files.tensor(name) for name in names if name.rpartition(".")[2] not in SUFFIXES}
     for name, linear in read.linears.items():
         state[f"{name}.weight"] = QuantizedWeight(linear.codes, linear.weight_scale).dequantize()
     cls: Any = type(read.model)

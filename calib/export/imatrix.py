@@ -86,7 +86,8 @@ def gguf_names(measurement: Measurement, modules: list[str]) -> dict[str, str]:
     import gguf
 
     kind = measurement.model.model_type
-    wanted = _SAME_AS.get(kind, kind).replace("_", "")
+    # the text half of a model of pictures (gemma3_text) has the name of the whole
+    wanted = _SAME_AS.get(kind, kind).removesuffix("_text").replace("_", "")
     known = {name.replace("-", "").replace("_", ""): arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     if wanted not in known:
         raise ModelError(f"{measurement.model.name}: llama.cpp knows no architecture {kind}; imatrix needs one")

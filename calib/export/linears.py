@@ -140,18 +140,30 @@ def linear_ranges(
 
 
 def attention_ranges(scales: ScaleFile) -> dict[str, AttentionRange]:
-    """Ranges of keys and values of every attention module that has both.
+    """Ranges of keys and values of every attention module that has both and keeps them in its cache.
+
+    Attention that caches a compressed latent (DeepSeek) has keys and values too, but no reader ever stores those.
 
     Raises:
         ModelError: none has.
     """
     readers = {reader: tensor for name, tensor in scales.tensors.items() for reader in [name, *tensor.shared_with]}
     found: dict[str, AttentionRange] = {}
+    latent = ""
     for name, tensor in readers.items():
         module, _, port = name.rpartition(":")
         other = readers.get(f"{module}:value")
-        if port == "key" and other is not None:
-            found[module] = AttentionRange(module, _amax(tensor), _amax(other), _head_amax(tensor), _head_amax(other))
+        if port != "key" or other is None:
+            continue
+        if f"{module}:cache_key" in readers:
+            latent = module
+            continue
+        found[module] = AttentionRange(module, _amax(tensor), _amax(other), _head_amax(tensor), _head_amax(other))
+    if not found and latent:
+        raise ModelError(
+            f"{scales.model.name}: {latent} caches a latent, not the keys and values that the scales would be of; "
+            "export without --kv-cache"
+        )
     if not found:
         raise ModelError(
             f"{scales.model.name}: the scale file has no keys and values; measure key and value sites, "

@@ -19,6 +19,7 @@ from torch import nn
 from calib.errors import ModelError
 from calib.measurement.head import takes_cache
 from calib.models import OpenedModel
+from calib.models.reason import reason
 
 __all__ = ["OPSET", "FloatGraph", "Product", "float_graph", "reached", "save_onnx"]
 
@@ -89,8 +90,13 @@ def float_graph(opened: OpenedModel) -> FloatGraph:
                 optimize=True,
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{opened.provenance.name}: torch cannot export it to ONNX ({reason})") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch's own error is advice on how to change the code of the model
+            cause = cause.__cause__
+        raise ModelError(
+            f"{opened.provenance.name}: torch cannot export it to ONNX ({reason(cause, 200)}); "
+            "choose a format without a graph (`calib formats`)"
+        ) from error
     return _with_products(program.model_proto)
 
 

@@ -70,10 +70,16 @@ def quantized_graph(request: ExportRequest) -> tuple[Any, ExportSummary]:
 
     Raises:
         UsageError: the scales are not 8-bit.
-        ModelError: the model cannot be exported, or no layer has a scale.
+        ModelError: the model cannot be exported, is in half precision, or no layer has a scale.
     """
     if request.scales.bits != 8:
         raise UsageError(f"onnx-qdq: --bits {request.scales.bits} has no integer kernel; only 8 has")
+    dtype = request.scales.model.dtype
+    if dtype != "float32":
+        raise ModelError(
+            f"{request.opened.provenance.name}: was measured in {dtype}, and runtimes have no integer kernels between "
+            "layers in that; measure and quantize it with --dtype float32"
+        )
     linears = linear_ranges(request.scales, request.opened.model, fused=False, conv1d=True)
     found = float_graph(request.opened)
     in_float = dict(linears.in_float)

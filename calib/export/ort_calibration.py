@@ -12,6 +12,8 @@ Source: onnxruntime 1.32, `quantization/quant_utils.py` and `quantization/calibr
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from calib.export.linears import LinearRange, linear_ranges
 from calib.export.onnx_graph import float_graph, save_onnx
 from calib.export.request import ExportRequest, ExportSummary
 
-__all__ = ["GRAPH", "OVERRIDES", "TABLE", "export_ort_calibration", "ort_overrides"]
+__all__ = ["GRAPH", "OVERRIDES", "TABLE", "export_ort_calibration", "ort_overrides", "tensor_ranges"]
 
 GRAPH, TABLE, OVERRIDES = "model.onnx", "calibration.json", "overrides.json"
 
@@ -48,17 +50,15 @@ def export_ort_calibration(request: ExportRequest) -> ExportSummary:
         raise UsageError(f"ort-calibration: --bits {request.scales.bits} is not written here; only 8 is")
     linears = linear_ranges(request.scales, request.opened.model, fused=False, conv1d=True)
     found = float_graph(request.opened)
-    ranges: dict[str, LinearRange] = {}
     aliases: dict[str, str] = {}
+    calls: Counter[str] = Counter()
     for product in found.products:
-        wanted = linears.ranges.get(product.module)
-        if wanted is None:
+        if product.module not in linears.ranges:
             continue
-        held = ranges.get(product.source, wanted)
-        symmetric = held.symmetric and wanted.symmetric
-        low, high = min(held.low, wanted.low), max(held.high, wanted.high)
-        ranges[product.source] = LinearRange(product.source, low, high, symmetric)
-        aliases[f"{product.module}:input"] = product.source
+        call = calls[product.module]
+        calls[product.module] += 1
+        aliases[f"{product.module}:input{f'#{call}' if call else ''}"] = product.source
+    ranges = tensor_ranges(aliases, linears.ranges)
     save_onnx(found.model, request.folder / GRAPH)
     table = {
         "CLS": "TensorsData",
@@ -79,6 +79,24 @@ def export_ort_calibration(request: ExportRequest) -> ExportSummary:
     }
     quantized = [name for name in linears.ranges if name not in lost]
     return ExportSummary(quantized, {**linears.in_float, **lost}, [], list(linears.notes), {"onnx": aliases})
+
+
+def tensor_ranges(aliases: Mapping[str, str], ranges: Mapping[str, LinearRange]) -> dict[str, LinearRange]:
+    """By tensor of the graph, the range that covers all layers that read it.
+
+    Args:
+        aliases: input of a layer, or of a later call of it (``module:input#1``) -> name of the tensor.
+        ranges: by layer.
+    """
+    found: dict[str, LinearRange] = {}
+    for name, source in aliases.items():
+        wanted = ranges.get(name.partition(":")[0])
+        if wanted is None:
+            continue
+        held = found.get(source, wanted)
+        low, high = min(held.low, wanted.low), max(held.high, wanted.high)
+        found[source] = LinearRange(source, low, high, held.symmetric and wanted.symmetric)
+    return found
 
 
 def ort_overrides(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -15,10 +15,12 @@ from torch import nn
 
 from calib.errors import ArtifactError
 from calib.export.safetensors_folder import SafetensorsFolder
+from calib.models.quiet import quiet_transformers
 
-__all__ = ["CompressedCheckpoint", "CompressedLinear", "read_compressed_tensors"]
+__all__ = ["CompressedCheckpoint", "CompressedLinear", "has_cache", "read_compressed_tensors"]
 
-_SUFFIXES = ("weight_scale", "input_scale", "input_zero_point", "weight_zero_point", "k_scale", "v_scale")
+SUFFIXES = ("weight_scale", "input_scale", "input_zero_point", "weight_zero_point", "k_scale", "v_scale")
+"""Last parts of the names that the format adds to a checkpoint; a model may have a `logit_scale` of its own."""
 SMALLEST = 2.0**-126
 
 
@@ -89,7 +91,10 @@ def read_compressed_tensors(folder: Path) -> CompressedCheckpoint:
     if quantization.get("quant_method") != "compressed-tensors":
         raise ArtifactError(f"{folder}: quant_method is not compressed-tensors; pass another folder")
     read = CompressedCheckpoint(folder, config)
-    kv = _read_scheme(read, quantization)
+    try:
+        kv = _read_scheme(read, quantization)
+    except (AttributeError, TypeError, re.error) as error:  # another type, or pattern, than the format has there
+        raise ArtifactError(f"{folder}: its quantization_config is damaged ({error}); export again") from error
     tensors = SafetensorsFolder(folder)
     read.problems += tensors.problems
     read.model = _architecture(read)
@@ -98,17 +103,22 @@ def read_compressed_tensors(folder: Path) -> CompressedCheckpoint:
         for name, module in read.model.named_modules():
             if isinstance(module, nn.Linear) and not _ignored(name, read.ignored):
                 expected |= _read_linear(read, tensors, name, module)
-            elif kv and _has_cache(module):
+            elif kv and has_cache(read.model, module):
                 expected |= _read_kv(read, tensors, name)
         read.problems += _other_parameters(read.model, tensors, expected)
-    unknown = [n for n in tensors.names if n.rpartition(".")[2] in _SUFFIXES and n not in expected]
+    unknown = [n for n in tensors.names if n.rpartition(".")[2] in SUFFIXES and n not in expected]
     read.problems += [f"{name}: no layer that is quantized reads it" for name in unknown]
     return read
 
 
 def _read_scheme(read: CompressedCheckpoint, quantization: dict[str, Any]) -> bool:
     """Reads the scheme; returns whether keys and values have scales."""
-    read.ignored = [str(pattern) for pattern in quantization.get("ignore") or []]
+    ignored = quantization.get("ignore") or []
+    if not isinstance(ignored, list):
+        raise TypeError("ignore is no list")
+    read.ignored = [str(pattern) for pattern in ignored]
+    for pattern in read.ignored:
+        re.compile(pattern[3:] if pattern.startswith("re:") else "")
     groups = list((quantization.get("config_groups") or {}).values())
     if len(groups) != 1:
         raise ArtifactError(f"{read.folder}: has {len(groups)} groups of layers; only one group W8A8 is read here")
@@ -134,12 +144,13 @@ def _architecture(read: CompressedCheckpoint) -> nn.Module | None:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(read.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        cls = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        with torch.device("meta"):
-            model: nn.Module = cls(config)
+        with quiet_transformers():  # the class of a model imports what warns
+            config = transformers.AutoConfig.from_pretrained(read.folder)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            cls = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+            with torch.device("meta"):
+                model: nn.Module = cls(config)
     except Exception as error:  # any model class may fail in its own way
         read.problems.append(f"config.json: its model cannot be built ({' '.join(str(error).split())[:200]})")
         return None
@@ -150,10 +161,16 @@ def _ignored(name: str, patterns: list[str]) -> bool:
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
 
 
-def _has_cache(module: nn.Module) -> bool:
-    """Whether compressed-tensors gives a module `k_scale` and `v_scale` (its `is_cached_attention_module`)."""
+def has_cache(model: nn.Module, module: nn.Module) -> bool:
+    """Whether compressed-tensors gives a module of a model `k_scale` and `v_scale`.
+
+    Source: `is_cached_attention_module`; and it stops where a configuration has no `num_key_value_heads` (OPT, BART).
+    """
     import inspect
 
+    whole: Any = model
+    if not hasattr(whole.config.get_text_config(decoder=True), "num_key_value_heads"):
+        return False
     if "attention" not in type(module).__name__.lower():
         return False
     if not any(hasattr(module, name) for name in ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,8 +78,9 @@ def apply_torchao(model: nn.Module, scales: dict[str, float], *, dimensions: int
     Args:
         model: the float model.
         scales: by module, see `read_torchao`.
-        dimensions: of the inputs of these layers, ``[batch, tokens, channels]`` in transformers; torchao asks for a
-            scale of as many.
+        dimensions: of the inputs of these layers, ``[batch, tokens, channels]`` in transformers. torchao asks for a
+            scale of as many, and stops at a pooler, a classifier or an expert, which read ``[rows, channels]``: a hook
+            gives the scale the dimensions of what arrives.
 
     Raises:
         ArtifactError: the model has no such layer.
@@ -94,3 +96,10 @@ def apply_torchao(model: nn.Module, scales: dict[str, float], *, dimensions: int
             granularity=[PerTensor(), PerRow()],
         )
         quantize_(model, config, filter_fn=lambda module, _, wanted=layers[name]: module is wanted)
+        layers[name].register_forward_pre_hook(_fit_scale)
+
+
+def _fit_scale(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+    scale = module.weight.act_quant_scale
+    if args and scale.ndim != args[0].ndim:
+        module.weight.act_quant_scale = scale.reshape((1,) * args[0].ndim)

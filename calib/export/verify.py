@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from calib.cures.restore import restore_cures
 from calib.errors import ArtifactError, CalibError
-from calib.export.checks import CHECKS, consumer_of
+from calib.export.checks import CHECKS, Consumer, consumer_of
 from calib.export.manifest import changed_files, read_manifest
 from calib.export.report import Verification
+from calib.models.reason import reason
 from calib.scales.file import FILE_NAME, load_scales
 from calib.schema.export import ExportManifest
 from calib.schema.scales import ScaleFile
@@ -61,9 +62,22 @@ def verify_export(
     else:
         if model is not None and scales is not None:
             model = restore_cures(model, scales, folder)
-        found.consumer = program.run(folder, manifest, model)
-        found.problems += found.consumer.problems
+        _run(found, program, folder, manifest, model)
     return found
+
+
+def _run(
+    found: Verification, program: Consumer, folder: Path, manifest: ExportManifest | None, model: OpenedModel | None
+) -> None:
+    """Adds what a consumer computes, or why it does not: one that stops is a finding, not the end of the check."""
+    try:
+        found.consumer = program.run(folder, manifest, model)
+    except CalibError:
+        raise
+    except Exception as error:  # each consumer has its own ways to refuse a model
+        found.problems.append(f"{program.name}: cannot load or run it ({type(error).__name__}: {reason(error)})")
+    else:
+        found.problems += found.consumer.problems
 
 
 def _scales(folder: Path, manifest: ExportManifest | None) -> tuple[ScaleFile | None, list[str]]:

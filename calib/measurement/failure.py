@@ -18,13 +18,14 @@ _MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc
 
 
 @contextmanager
-def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None) -> Iterator[None]:
+def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None, *, measuring: bool = True) -> Iterator[None]:
     """Within the block an error of the model becomes one line that says what helps; the chain keeps the rest.
 
     Args:
         opened: the model.
         shape: of the token ids that it runs on, ``(rows, tokens)``, or of pictures or sound; None while its weights
             are measured.
+        measuring: whether fewer statistics would help.
 
     Raises:
         ModelError: memory did not suffice, or the model cannot run on such token ids.
@@ -34,10 +35,10 @@ def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None) -> Iter
     except CalibError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _out_of_memory(opened, shape) from error
+        raise _out_of_memory(opened, shape, measuring=measuring) from error
     except Exception as error:  # of any model class, also of code that a checkpoint brings
         if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY):
-            raise _out_of_memory(opened, shape) from error
+            raise _out_of_memory(opened, shape, measuring=measuring) from error
         if shape is None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -50,7 +51,7 @@ def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None) -> Iter
         ) from error
 
 
-def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...] | None) -> ModelError:
+def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...] | None, *, measuring: bool) -> ModelError:
     weights = sum(parameter.nbytes for parameter in opened.model.parameters())
     wide = any(parameter.dtype == torch.float32 for parameter in opened.model.parameters())
     helps = ["--dtype bfloat16"] if wide else []
@@ -63,8 +64,8 @@ def _out_of_memory(opened: OpenedModel, shape: tuple[int, ...] | None) -> ModelE
             helps.insert(0, f"--batch-size {shape[0] // 2}")
         elif len(shape) == 2:
             helps.insert(0, f"--max-length {max(2, shape[1] // 2)}")
-        helps.append("--statistics ranges")
+        helps += ["--statistics ranges"] if measuring else []
     return ModelError(
         f"{opened.provenance.name}: out of memory {where}, beside {weights / 1e9:.1f} GB of weights; "
-        f"pass {' or '.join(helps)}"
+        f"pass {' or '.join(helps) or '--device with more memory'}"
     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from calib.errors import ModelError
 from calib.models.checkpoint import Checkpoint
 
-__all__ = ["check_code", "check_finite", "check_missing", "check_token_ids", "check_vocabulary"]
+__all__ = ["check_code", "check_finite", "check_missing", "check_sizes", "check_token_ids", "check_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,27 @@ def check_code(checkpoint: Checkpoint, name: str, *, trust_remote_code: bool) ->
         f"model {name}: transformers {transformers.__version__} does not know model_type {model_type!r}; "
         "update transformers or pass another model"
     )
+
+
+def check_sizes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], model: nn.Module, name: str) -> None:
+    """Every weight must have the size that the configuration gives: transformers fills others with random numbers.
+
+    Args:
+        mismatched: name, size in the checkpoint, size in the model.
+        model: that was loaded.
+        name: of the checkpoint.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    wrong = sorted((key, list(held), list(wanted)) for key, held, wanted in mismatched)
+    if wrong:
+        key, held, wanted = wrong[0]
+        more = f" (and {len(wrong) - 1} more weights)" if len(wrong) > 1 else ""
+        raise ModelError(
+            f"model {name}: {type(model).__name__} cannot load it: {key} has shape {held}, and {wanted} by "
+            f"config.json{more}; fetch the files of one checkpoint"
+        )
 
 
 def check_missing(missing: Iterable[str], model: nn.Module, name: str) -> None:

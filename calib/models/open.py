@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from torch import nn
 
 from calib.errors import ModelError, UsageError
 from calib.models.checkpoint import Checkpoint, read_checkpoint, read_headers
-from calib.models.checks import check_code, check_finite, check_missing, check_vocabulary
+from calib.models.checks import check_code, check_finite, check_missing, check_sizes, check_vocabulary
 from calib.models.memory import check_memory
 from calib.models.packed import is_packed, unpacked_state
 from calib.models.provenance import checkpoint_provenance
@@ -150,6 +152,8 @@ def _load(
 
         # its kernels for GPUs compute all experts in one call, in which none can be seen
         options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if not checkpoint.config.get("quantization_config"):
+        options["ignore_mismatched_sizes"] = True  # else the names and sizes are only in a printed report
     if device != "cpu":
         options["device_map"] = device if device == "balanced" else {"": device}
     model, missing = _from_pretrained(cls, checkpoint, name, options)
@@ -166,7 +170,9 @@ def _from_pretrained(
     cls: Any, checkpoint: Checkpoint, name: str, options: dict[str, Any]
 ) -> tuple[nn.Module, set[str]]:
     try:
-        model, info = cls.from_pretrained(None if "state_dict" in options else checkpoint.folder, **options)
+        # compressed-tensors draws progress bars that no setting turns off
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, info = cls.from_pretrained(None if "state_dict" in options else checkpoint.folder, **options)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(
             f"model {name}: out of memory while loading ({reason(error)}); pass --dtype bfloat16 or another --device"
@@ -181,6 +187,7 @@ def _from_pretrained(
                 "the checkpoint before quantization"
             ) from error
         raise ModelError(f"model {name}: {cls.__name__} cannot load it ({reason(error)}); check its files") from error
+    check_sizes(info["mismatched_keys"], model, name)
     return model, set(info["missing_keys"])
 
 

@@ -41,7 +41,8 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
         if not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model")):
             # transformers blames tiktoken, its last resort, when these are what is missing.
             hint = "; a SentencePiece file needs pip install calib[sentencepiece]"
-        logger.warning("%s: no tokenizer, only token ids can be measured: %s%s", name, reason(error), hint)
+        why = f"{type(error).__name__}: {reason(error)}{hint}"
+        logger.warning("%s: no tokenizer, only token ids can be measured: %s", name, why)
         return None
     expected = sorted(set(getattr(tokenizer, "vocab_files_names", {}).values()))
     if expected and not any((folder / file).is_file() for file in expected):

@@ -66,6 +66,7 @@ def _filtered(
 
     labels = {name: ([name, *site.aliases], site.kind, site.kinds) for name, site in measurement.sites.items()}
     labels |= {name: ([name], "weight", {"weight"}) for name in measurement.weights}
+    Selection(sites, ignore)  # refuses what is no regular expression, by the name of its option
     already = {*measurement.run.sites_pattern, *measurement.run.ignore_pattern}  # obeyed while measuring
     for option, patterns in (("--sites", sites), ("--ignore", ignore)):
         for pattern in patterns:

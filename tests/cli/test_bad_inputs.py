@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from calib.cli import own_process
 from tests.cli.commands import SMALL, one_line, run
 
 Capture = pytest.CaptureFixture[str]
@@ -315,6 +317,7 @@ def test_values_out_of_range(
         (["--bits", "1"], "1"),
         (["--granularity", "per-channel", "--method", "mse"], "per-channel"),
         (["--sites", "nonsense"], "--sites nonsense"),
+        (["--ignore", "re:("], "--ignore re:(: no regular expression"),
     ],
 )
 def test_choices_that_make_no_scales(
@@ -338,3 +341,31 @@ def test_a_wrong_command_line_is_a_usage_error(arguments: list[str], capsys: Cap
     errors = capsys.readouterr().err
     assert "Error:" in errors
     assert "Traceback" not in errors
+
+
+def test_a_name_that_no_file_can_have(tiny_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "too long; pass another path" in refused(capsys, 1, "measure", tiny_llama, "-o", tmp_path / ("n" * 300))
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    measured: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> Any:
+        raise TypeError("no such thing\n" + "and more " * 100)
+
+    monkeypatch.setattr("calib.scales.choose_scales", stop)
+    arguments = ["quantize", measured, "-o", tmp_path / "out"]
+    line = refused(capsys, 1, *arguments)
+    assert line.startswith("calib: stopped by TypeError: no such thing and more")
+    assert len(line) < 500
+    assert run(*arguments, "-v", "-v") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_advice_of_transformers_is_for_those_who_ask_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "")
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY")
+    own_process(verbose=True)
+    assert "TRANSFORMERS_VERBOSITY" not in os.environ
+    own_process()
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"

@@ -62,6 +62,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", "BertConfig", ENCODER),
     "albert": ("AlbertForMaskedLM", "AlbertConfig", {**ENCODER, "embedding_size": 32}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 4}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**LLAMA_LIKE, "head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1},
+    ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA_LIKE),
     "olmo_clip": ("OlmoForCausalLM", "OlmoConfig", {**LLAMA_LIKE, "clip_qkv": 8.0}),
     "opt": (

@@ -16,8 +16,20 @@ from tests.cures.models import build, logits, pairs_of
 from tests.cures.test_fold import bits, random_smoothing, same_bits
 from tests.cures.test_rotate import relative, seen_by, unhooked
 
-WHOLE = ["llama", "qwen2", "gemma", "phi3"]
-HEADS = ["gpt2", "bert", "mixtral", "opt", "falcon_grouped", "falcon_heads", "olmo2", "gemma2", "t5", "albert"]
+WHOLE = ["llama", "qwen2", "gemma", "phi3", "gpt2", "opt", "falcon", "falcon_grouped", "falcon_heads"]
+HEADS = [
+    "gpt2",
+    "bert",
+    "mixtral",
+    "opt",
+    "falcon_grouped",
+    "falcon_heads",
+    "olmo2",
+    "gemma2",
+    "t5",
+    "albert",
+    "llama4",
+]
 
 
 def found(name: str, model: Any, **settings: Any) -> OfflineRotation:
@@ -49,10 +61,26 @@ def test_rotated_values_keep_the_logits_of_models_whose_stream_cannot_be(name: s
     assert same_bits(model, before)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["bert", "mixtral"])
 def test_a_stream_that_cannot_be_rotated_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ModelError, match=r"LayerNorm does not commute|MixtralTopKRouter"):
+    with pytest.raises(ModelError, match=r"output\.LayerNorm past its linear readers|MixtralTopKRouter"):
         found(name, build(name))
+
+
+def test_a_bias_without_a_weight_is_refused_and_nothing_changes() -> None:
+    model = build("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.weight[4] = 0
+    before = bits(model)
+    rotation = found("gpt2", model)
+    with pytest.raises(ModelError, match=r"h\.1\.ln_2: adds a bias where its weight is 0"):
+        rotation.apply(model)
+    assert same_bits(model, before)
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.bias[4] = 0
+    expected = logits(model)
+    rotation.apply(model)
+    assert relative(logits(model), expected) < 1e-4
 
 
 def test_norms_keep_no_weight_and_what_they_feed_is_the_rotated_stream() -> None:
@@ -91,7 +119,7 @@ def test_a_tied_head_is_untied_only_if_asked() -> None:
     OfflineRotation.find(model, pairs_of("gemma"), residual=False).apply(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen2", "gpt2", "falcon"])
 def test_the_result_is_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -18,11 +18,9 @@ from tests.cures.models import build, pairs_of
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 REFUSED = {
-    "gpt2": r"h\.0\.ln_1: LayerNorm does not commute with a rotation",
-    "falcon": "LayerNorm does not commute",
-    "opt": "LayerNorm does not commute",
-    "olmo_clip": "OlmoLayerNorm does not commute",
-    "bert": r"attention\.output\.LayerNorm: LayerNorm does not commute",
+    "olmo_clip": r"layers\.0\.input_layernorm: has no weight that its readers could take over",
+    "bert": r"attention\.output\.LayerNorm: also reaches .*output\.LayerNorm past its linear readers",
+    "llama4": r"post_attention_layernorm: feeds .*Llama4TextExperts",
     "mixtral": r"post_attention_layernorm: feeds .*MixtralTopKRouter",
     "olmo2": r"q_proj: reads the residual stream without a norm",
     "gemma2": r"o_proj: reaches the residual stream through model\.layers\.0\.post_attention_layernorm",
@@ -58,6 +56,14 @@ def test_norms_read_the_stream_and_last_projections_write_it(
     assert stream.tied is (name == "gemma")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "falcon_grouped", "falcon_heads"])
+def test_norms_that_subtract_the_mean_ask_the_rotation_to_keep_it(name: str) -> None:
+    stream = find_residual(build(name), pairs_of(name))
+    assert stream.keeps_mean
+    assert stream.places == {"gpt2": ("transformer.wpe",), "opt": ("model.decoder.embed_positions",)}.get(name, ())
+    assert not find_residual(build("llama"), pairs_of("llama")).keeps_mean
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_rotation_fits_is_named(name: str) -> None:
     with pytest.raises(ModelError, match=REFUSED[name]):
@@ -75,7 +81,7 @@ def test_searching_changes_nothing(family: str) -> None:
     try:
         find_residual(model, pairs_of(family))
     except ModelError:
-        assert family in REFUSED or family.startswith("falcon")
+        assert family in REFUSED
     find_value_heads(model, pairs_of(family))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

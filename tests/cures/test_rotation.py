@@ -29,6 +29,22 @@ def test_every_channel_reaches_every_other_as_evenly_as_is_known(width: int) -> 
     assert float(matrix.max()) <= largest * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("width", [2, 7, 64, 86, 576])
+def test_one_that_keeps_the_mean_does_and_is_nearly_as_even(width: int) -> None:
+    rotation = Rotation(width, seed=1, keeps_mean=True)
+    matrix = rotation.rotate(torch.eye(width))
+    wide = matrix.double()
+    torch.testing.assert_close(wide @ wide.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotation.rotate_back(matrix), torch.eye(width), rtol=0, atol=2e-6)
+    torch.testing.assert_close(rotation.rotate(torch.ones(width)), torch.ones(width), rtol=0, atol=1e-5)
+    x = torch.randn(5, width)
+    torch.testing.assert_close(rotation.rotate(x).mean(-1), x.mean(-1), rtol=0, atol=1e-5)
+    if width >= 64:  # a single channel becomes the image of the ones
+        largest = matrix.abs().amax(1) * width**0.5
+        assert float(largest.median()) < 2
+        assert float(largest.max()) < 5
+
+
 def test_the_seed_decides() -> None:
     x = torch.randn(2, 64)
     assert torch.equal(Rotation(64, 1).rotate(x), Rotation(64, 1).rotate(x))

@@ -27,7 +27,7 @@ from calib.evaluation.interval import Interval
 from calib.measurement import Measurement, MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel
-from tests.cures.models import loud_norms, spiked
+from tests.cures.models import build, loud_norms, spiked
 
 
 @pytest.fixture
@@ -112,6 +112,13 @@ def test_an_encoder_is_judged_by_its_outputs_also_behind_a_head_for_masked_words
     cured = find_cure(opened, measurement, blocks.select(range(4)), blocks.select([4, 5]), options)
     assert all(row.ratio is None for row in cured.rows)
     assert {"prefix", "resample", "rotate the residual stream"} <= set(cured.skipped)
+
+
+def test_a_decoder_that_makes_up_nothing_reads_the_tokens(blocks: TokenBlocks) -> None:
+    judge = Judge(build("t5"), blocks.select(range(2)))
+    assert judge.reference_nll is not None
+    assert judge.reference_nll.shape == (2, blocks.input_ids.shape[1] - 1)
+    assert judge.judge().mean == pytest.approx(0, abs=1e-6)
 
 
 def test_a_judge_gives_up_what_is_clearly_worse_than_a_rival(opened: OpenedModel, blocks: TokenBlocks) -> None:

@@ -50,6 +50,15 @@ def test_silent_channels_and_columns_stay_within_bounds(alpha: float) -> None:
     assert (scales <= LARGEST_SCALE * 1.001).all()
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9])
+def test_a_neuron_that_was_silent_here_cannot_make_the_range_elsewhere(alpha: float) -> None:
+    seen = np.array([0.0, 1.0, 2.0, 4.0, 0.0])  # two neurons of a ReLU that this text left at 0
+    scales = smoothing_scales(pair(5), seen, np.full(5, 0.1), alpha)
+    elsewhere = np.array([2.0, 1.0, 2.0, 4.0, 2.0])  # other text has them fire as their neighbours do
+    ranges = [post_smoothing_amax(x, np.arange(5), scales) for x in (seen, elsewhere)]
+    assert ranges[1] == pytest.approx(ranges[0])
+
+
 def test_a_pair_that_was_never_used_is_left_as_it_is() -> None:
     np.testing.assert_allclose(smoothing_scales(pair(3), np.zeros(3), np.zeros(3), 0.7), 1)
 

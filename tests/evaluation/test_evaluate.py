@@ -13,7 +13,7 @@ import torch
 from scipy.special import log_softmax
 
 from calib.corpus import TokenBlocks, build_blocks
-from calib.errors import ArtifactError, UsageError
+from calib.errors import ArtifactError, ModelError, UsageError
 from calib.evaluation.evaluate import evaluate
 from calib.evaluation.language import compare_tokens
 from calib.measurement.engine import MeasureOptions, measure
@@ -193,3 +193,12 @@ def test_embeddings_are_compared_by_their_cosine(tiny_bert: Path) -> None:
     assert row.cosine.value == pytest.approx(torch.cosine_similarity(exact, rounded).mean().item(), abs=1e-6)
     assert row.cosine.value < 1
     assert row.top1 is None
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_bert"])
+def test_blocks_that_are_longer_than_the_context_are_named(name: str, request: pytest.FixtureRequest) -> None:
+    opened = open_model(request.getfixturevalue(name), device="cpu", dtype="float32")
+    longest = opened.model.config.max_position_embeddings
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=2, max_length=longest + 1)
+    with pytest.raises(ModelError, match=rf"token ids \d x {longest + 1} .*check --max-length"):
+        evaluate(opened, blocks, batch_size=2)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ from torch import nn
 from calib.corpus import build_blocks
 from calib.errors import ArtifactError, GateError, ModelError, UsageError
 from calib.export import export_scales, verify_export
+from calib.export.checks import CONSUMERS
+from calib.export.compare import token_ids
 from calib.export.compressed_tensors import write_checkpoint
+from calib.export.read_compressed_tensors import has_cache
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel, plan_from_scales
@@ -176,3 +181,43 @@ def test_what_does_not_belong_together_is_refused(llama: Lab, bert: Lab, tmp_pat
     with pytest.raises(ModelError, match="no keys and values"):
         export_scales(bert.scales(sites=["linear_input", "*:weight"]), out, bert.opened, to=to, kv_cache=True)
     assert not out.exists()
+
+
+def test_keys_and_values_that_readers_hold_no_scales_of_are_refused(llama: Lab, bert: Lab, tmp_path: Path) -> None:
+    to, out = "compressed-tensors", tmp_path / "out"
+    with pytest.raises(ModelError, match=r"no scales of keys and values for BertSelfAttention; export without"):
+        export_scales(bert.scales(), out, bert.opened, to=to, kv_cache=True)
+    scales = llama.scales()
+    latent = {n.replace(":key", ":cache_key"): tensor for n, tensor in scales.tensors.items() if n.endswith(":key")}
+    assert latent
+    cached = scales.model_copy(update={"tensors": {**scales.tensors, **latent}})
+    for name in (to, "sglang-kv", "modelopt"):
+        with pytest.raises(ModelError, match="caches a latent"):
+            export_scales(cached, out, llama.opened, to=name, kv_cache=True)
+    assert has_cache(llama.opened.model, llama.opened.model.get_submodule("model.layers.0.self_attn"))
+    with torch.device("meta"):
+        opt = transformers.OPTForCausalLM(transformers.OPTConfig(num_hidden_layers=1))
+    # it has k_proj and takes a cache, but compressed-tensors stops at a configuration without num_key_value_heads
+    assert not has_cache(opt, opt.get_submodule("model.decoder.layers.0.self_attn"))
+    assert not out.exists()
+
+
+def test_a_consumer_that_stops_is_a_finding(llama: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    export_scales(llama.scales(), folder, llama.opened, to="compressed-tensors")
+
+    def stop(*_: object) -> Any:
+        raise NotImplementedError("no kernel\nof a long story")
+
+    monkeypatch.setitem(CONSUMERS, "transformers", replace(CONSUMERS["transformers"], run=stop))
+    found = verify_export(folder)
+    assert found.problems == ["transformers: cannot load or run it (NotImplementedError: no kernel)"]
+
+
+def test_token_ids_of_a_model_without_a_longest_sequence() -> None:
+    model = nn.Module()
+    text = SimpleNamespace(vocab_size=9, max_position_embeddings=-1)  # XLNet
+    model.config = SimpleNamespace(get_text_config=lambda: text)
+    assert token_ids(model).shape == (2, 32)
+    text.max_position_embeddings = 5
+    assert token_ids(model).shape == (2, 5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calib.errors import CalibError
+from calib.errors import ArtifactError, CalibError
 from calib.export import export_scales, verify_export
 from calib.export.manifest import MANIFEST
 from calib.models.hashing import sha256_of_file
@@ -216,6 +216,18 @@ def test_a_flipped_bit_that_breaks_no_rule_is_found_by_its_hash(whole: Path, tmp
     file = damage.shard("model.norm.weight").name
     damage.json(MANIFEST, lambda m: m["files"].update({INDEX: sha256_of_file(damage.folder / INDEX)}))
     assert verify_export(damage.folder, run=False).problems == [f"{file}: has changed since it was exported"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"config_groups": [1]}, {"config_groups": {"g": "x"}}, {"ignore": "lm_head"}, {"ignore": ["re:("]}],
+    ids=str,
+)
+def test_a_configuration_of_other_types_is_refused(damage: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    Damage(folder).json("config.json", lambda config: config["quantization_config"].update(damage))
+    with pytest.raises(ArtifactError, match=r"its quantization_config is damaged \(.+\); export again"):
+        verify_export(folder)
 
 
 def test_a_damaged_record_is_refused(whole: Path, tmp_path: Path) -> None:

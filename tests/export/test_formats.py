@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calib.corpus import build_blocks
 from calib.cures.result import CURES
 from calib.errors import ArtifactError, CalibError, UsageError
 from calib.export import FORMATS, export_scales, verify_export, write_checkpoint
@@ -203,7 +204,6 @@ def test_imatrix_is_read_by_gguf_and_holds_sums_of_squares(llama: Lab, tmp_path:
     hidden = {}
     module = llama.opened.model.get_submodule(DOWN)
     handle = module.register_forward_pre_hook(lambda _, args: hidden.update(x=args[0]))
-    from calib.corpus import build_blocks
 
     ids = build_blocks(["builtin:speeches"], llama.opened.tokenizer, samples=4, max_length=32).input_ids
     with torch.no_grad():

@@ -226,3 +226,18 @@ def test_speed_is_a_median_of_pairs() -> None:
     assert seen == ["slow", "fast"] * 5
     assert len(ratios) == 3
     assert median(ratios) > 0
+
+
+def test_a_model_that_torch_cannot_export_says_its_own_reason(
+    bert: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        try:
+            raise ValueError("needs pixels too")
+        except ValueError as error:
+            raise RuntimeError("\x1b[96mThis is step 1/3\x1b[0m of exporting") from error
+
+    monkeypatch.setattr(torch.onnx, "export", stop)
+    with pytest.raises(ModelError, match=r"export it to ONNX \(needs pixels too\); choose a format without a graph"):
+        exported(bert, tmp_path / "out", symmetric=False)
+    assert not (tmp_path / "out").exists()

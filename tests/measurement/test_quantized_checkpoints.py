@@ -22,6 +22,11 @@ def int8(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_nothing_but_calib_writes_while_it_is_opened(int8: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    open_model(int8, device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_compressed_tensors_checkpoint_is_measured(int8: Path, blocks: TokenBlocks) -> None:
     opened = open_model(int8, device="cpu")
     assert opened.model.config.quantization_config is not None

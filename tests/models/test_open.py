@@ -148,10 +148,19 @@ def test_a_tokenizer_without_its_vocabulary_is_not_used(rxnmapper: Path, caplog:
     assert "only token ids can be measured: AlbertTokenizer needs" in caplog.text
 
 
+def test_a_weight_of_another_size_is_named(llama_copy: Path) -> None:
+    weights = load_file(llama_copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: torch.zeros(3, 5)}, llama_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"cannot load it: {name} has shape \[3, 5\], and \["):
+        open_model(llama_copy, device="cpu")
+
+
 def test_a_damaged_tokenizer_leaves_a_model_for_token_ids(llama_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     (llama_copy / "tokenizer.json").write_text("{")
     assert open_model(llama_copy, device="cpu").tokenizer is None
     assert "no tokenizer" in caplog.text
+    assert "Error: " in caplog.text
 
 
 def test_a_sentencepiece_file_that_cannot_be_read_says_what_to_install(
