@@ -12,6 +12,12 @@ from calib.errors import ArtifactError, UsageError
 from calib.output import output_folder, require_free
 
 
+def written_before(folder: Path) -> None:
+    """What an older result of calib looks like."""
+    folder.mkdir()
+    (folder / "old.json").write_text('{"format": "calib.scales"}', encoding="utf-8")
+
+
 def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyError), output_folder(out) as work:  # noqa: PT012 - the failing write comes second
@@ -22,8 +28,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
+    written_before(out)
     with pytest.raises(UsageError), output_folder(out):
         pass
     with output_folder(out, overwrite=True) as work:
@@ -62,19 +67,18 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
 
 def test_the_old_folder_comes_back_if_it_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
+    written_before(out)
     replace = Path.replace
 
     def fail(self: Path, target: Path) -> Path:
-        if target == out and not (self / "old").exists():
+        if target == out and not (self / "old.json").exists():
             raise OSError(errno.EIO, "Input/output error")
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(ArtifactError, match="Input/output error"), output_folder(out, overwrite=True) as work:
         (work / "new").touch()
-    assert [p.name for p in out.iterdir()] == ["old"]
+    assert [p.name for p in out.iterdir()] == ["old.json"]
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -88,3 +92,55 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
             require_free(out, overwrite=True, reads=[model])
     require_free(model / "out", overwrite=True, reads=[model])
     require_free(tmp_path / "models" / "other", overwrite=True, reads=[model, "owner/name"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.txt", "mine"),
+        ("scales.json", "{"),
+        ("scales.json", '["calib.scales"]'),
+        ("config.json", '{"format": "pt"}'),
+        ("report.json", '{"calib": "0.1"}'),
+    ],
+)
+def test_what_calib_did_not_write_is_never_replaced(tmp_path: Path, name: str, content: str) -> None:
+    out = tmp_path / "notes"
+    out.mkdir()
+    require_free(out, overwrite=True)  # an empty folder holds nothing to lose
+    (out / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"notes: was not written by calib.*choose another -o"):
+        require_free(out, overwrite=True)
+    with pytest.raises(UsageError, match="was not written by calib"), output_folder(out, overwrite=True):
+        pass
+    assert (out / name).read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("content", ['{"version": "1.0", "format": "calib.export"}', '{"calib": {"producer": {}}}'])
+def test_records_of_calib_are_recognised(tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "out" / "a.json").write_text(content, encoding="utf-8")
+    require_free(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_names_the_new_folder(tmp_path: Path, *, exists: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "results", tmp_path / "out"
+    if exists:
+        written_before(target)
+    link.symlink_to(target)
+    with output_folder(link, overwrite=exists) as work:
+        assert work.parent == target.parent  # on the disk that the link was made for
+        (work / "new").touch()
+    assert link.is_symlink()
+    assert [p.name for p in target.iterdir()] == ["new"]
+
+
+def test_the_current_folder_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="current folder; choose a folder inside"):
+        require_free(Path(), overwrite=False)
+    require_free(Path("out"), overwrite=False)

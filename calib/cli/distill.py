@@ -161,6 +161,8 @@ def _work_folder(output: Path, recipe: DistillRecipe, *, resume: bool, overwrite
     work = _checkpoints(output)
     record, text = work / "recipe.json", recipe.model_dump_json(indent=1) + "\n"
     if work.exists():
+        if not work.is_dir() or (any(work.iterdir()) and not record.is_file()):
+            raise UsageError(f"{work}: is no folder of checkpoints, which would lie there; choose another --output")
         if resume and record.exists() and record.read_text(encoding="utf-8") != text:
             raise ArtifactError(f"{work}: is of another recipe; pass the recipe that it holds, or remove it")
         if not (resume or overwrite):

@@ -24,7 +24,7 @@ from calib.corpus import TokenBlocks
 from calib.errors import GateError, UsageError
 from calib.evaluation.interval import Interval, mean_interval, perplexity_ratio
 from calib.models.device import input_device
-from calib.models.takes import writes
+from calib.models.takes import text_inputs
 from calib.models.tasks import task_of_class
 
 __all__ = ["Judge", "Score"]
@@ -160,11 +160,8 @@ class Judge:
 
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
         model = self._model
-        inputs = {"input_ids": ids.to(input_device(model))}
-        if writes(model):  # not every decoder makes up what it reads (T5)
-            inputs["decoder_input_ids"] = inputs["input_ids"]
         with torch.no_grad():
-            output: Any = model(**inputs)
+            output: Any = model(**text_inputs(model, ids))
         found = getattr(output, "logits", None)
         if found is None:
             found = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else None)

@@ -24,6 +24,7 @@ from calib.measurement.failure import explained
 from calib.models import OpenedModel
 from calib.models.device import input_device
 from calib.models.evaluating import evaluating
+from calib.models.takes import text_inputs
 from calib.schema.scales import CureRecord
 from calib.statistics.observation import REST
 
@@ -156,7 +157,7 @@ def room_for_prefix(opened: OpenedModel, blocks: TokenBlocks, most_tokens: int) 
         ids = torch.zeros(1, tokens + more, dtype=torch.long, device=device)
         try:
             with torch.no_grad(), evaluating(model), explained(opened, (1, tokens + more)):
-                model(input_ids=ids)
+                model(**text_inputs(model, ids))
         except ModelError:
             continue
         return more

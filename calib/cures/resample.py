@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from calib.corpus import TokenBlocks
 from calib.errors import UsageError
 from calib.models import OpenedModel
-from calib.models.device import input_device
+from calib.models.takes import text_inputs
 
 __all__ = ["resampled"]
 
@@ -40,12 +40,11 @@ def resampled(opened: OpenedModel, blocks: TokenBlocks, *, times: int = 2, seed:
     if times < 1:
         raise UsageError(f"times {times}: not positive; give 1 or more samples per block")
     generator = torch.Generator().manual_seed(seed)
-    device = input_device(opened.model)
     special = torch.tensor(getattr(opened.tokenizer, "all_special_ids", None) or [], dtype=torch.int64)
     rows = []
     with torch.no_grad():
         for ids in torch.from_numpy(blocks.input_ids).split(1):
-            logits = getattr(opened.model(input_ids=ids.to(device)), "logits", None)
+            logits = getattr(opened.model(**text_inputs(opened.model, ids)), "logits", None)
             if not isinstance(logits, torch.Tensor) or logits.shape[:-1] != ids.shape:
                 raise UsageError(f"{type(opened.model).__name__}: predicts no tokens; leave `resample` out")
             expected = logits[0, :-1].float().cpu()

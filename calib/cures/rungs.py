@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from calib.cures.candidate import KEPT, Candidate
 from calib.cures.linear import is_linear
 from calib.cures.offline import OfflineRotation
 from calib.cures.pairs import Pair
-from calib.cures.prefix import find_prefixes
+from calib.cures.prefix import find_prefixes, room_for_prefix
 from calib.cures.ranges import smoothed_ranges
 from calib.cures.resample import resampled
 from calib.cures.rotate import OnlineRotation
@@ -23,6 +23,7 @@ from calib.errors import ModelError, UsageError
 from calib.measurement.artifact import Measurement
 from calib.measurement.head import can_skip_head, without_head
 from calib.models.device import input_device
+from calib.models.takes import text_inputs
 from calib.quantized import QuantizationPlan, QuantizedModel
 from calib.quantized.hessian import collect_hessians, compensated
 from calib.statistics.observation import REST
@@ -49,7 +50,11 @@ def prefix(trials: Trials, best: Trial) -> Trial | None:
         return None
     found = find_prefixes(trials.opened, trials.blocks)
     if not found:
-        trials.skipped["prefix"] = "no prefix lowers the ranges: the model has no sink that one takes"
+        room = room_for_prefix(trials.opened, trials.blocks, 1)
+        why = "no prefix lowers the ranges: the model has no sink that one takes"
+        trials.skipped["prefix"] = (
+            why if room else "blocks fill all positions of the model; a smaller --max-length leaves room"
+        )
     better: Trial | None = None
     for one in found:
         start = (better or best).candidate
@@ -93,9 +98,9 @@ def rotate_online(trials: Trials, best: Trial) -> Trial | None:
         turned = replace(one, input_rotation=rotation)
         return replace(turned, ranges=trials.ranges(turned))
 
-    if smoothing is None:
+    ends = {} if smoothing is None else {p.name: _ends_in(p, rotation.modules) for p in smoothing.pairs}
+    if smoothing is None or not any(ends.values()):  # no alpha changes what is rotated
         return trials.attempt(rotated(base))
-    ends = {p.name: {c.module for c in p.consumers} <= set(rotation.modules) for p in smoothing.pairs}
 
     def at(alpha: float, rival: Trial | None) -> Trial:
         alphas = {name: alpha if ends[name] else a for name, a in zip(ends, smoothing.alphas, strict=True)}
@@ -136,7 +141,7 @@ def compensate(trials: Trials, best: Trial) -> Trial | None:
             collect_hessians(model, linear, skip_positions=len(base.prefix_ids)) as hessians,
         ):
             for batch in rows.batches(trials.options.batch_size):
-                model(input_ids=torch.from_numpy(rows.input_ids[batch]).to(input_device(model)))
+                model(**text_inputs(model, torch.from_numpy(rows.input_ids[batch])))
         plan = compensated(plan, model, hessians, order="activation")
     return trials.attempt(replace(base, plan=plan, compensated=True))
 
@@ -178,6 +183,10 @@ RUNGS: dict[str, Callable[[Trials, Trial], Trial | None]] = {
 
 def _worth(trial: Trial) -> float:
     return trial.worth
+
+
+def _ends_in(pair: Pair, modules: Collection[str]) -> bool:
+    return all(consumer.module in modules for consumer in pair.consumers)
 
 
 def _rotation(trials: Trials) -> OfflineRotation:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from calib.models.takes import text_inputs
+
 __all__ = ["can_skip_head", "head_of", "takes_cache", "without_head"]
 
 
@@ -51,7 +53,7 @@ def can_skip_head(model: nn.Module, device: torch.device) -> bool:
         return False
     try:
         with torch.no_grad(), without_head(model):
-            model(input_ids=tokens, **({"use_cache": False} if takes_cache(model) else {}))
+            model(**text_inputs(model, tokens), **({"use_cache": False} if takes_cache(model) else {}))
     except Exception:  # of any model class: it may want other inputs, or use the logits
         return False
     return True

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import nn
 
-__all__ = ["parameters_of", "takes", "writes"]
+from calib.models.device import input_device
+
+__all__ = ["parameters_of", "takes", "text_inputs", "writes"]
 
 _KINDS = {
     "input_ids": "text",
@@ -41,3 +44,18 @@ def writes(model: nn.Module) -> bool:
         and can is not None
         and bool(can())
     )
+
+
+def text_inputs(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Arguments of a forward pass over text: the decoder of an encoder-decoder reads the same tokens.
+
+    Not every decoder makes up what it reads (BART does, T5 does not).
+
+    Args:
+        model: reads token ids.
+        ids: int64 ``[rows, tokens]``, on any device.
+    """
+    inputs = {"input_ids": ids.to(input_device(model))}
+    if writes(model):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs

@@ -141,8 +141,12 @@ def test_existing_output_is_refused_and_kept(
     assert run("quantize", measured, "-o", tmp_path / "q") == 2
     assert "--overwrite" in one_line(capsys.readouterr().err)
     assert (tmp_path / "q" / "precious").read_text() == "kept"
-    assert run("quantize", measured, "-o", tmp_path / "q", "--overwrite", "-q") == 0
-    assert not (tmp_path / "q" / "precious").exists()
+    assert run("quantize", measured, "-o", tmp_path / "q", "--overwrite", "-q") == 2  # calib did not write it
+    assert "was not written by calib" in one_line(capsys.readouterr().err)
+    assert (tmp_path / "q" / "precious").read_text() == "kept"
+    assert run("quantize", measured, "-o", tmp_path / "q2", "-q") == 0
+    assert run("quantize", measured, "-o", tmp_path / "q2", "-q") == 2
+    assert run("quantize", measured, "-o", tmp_path / "q2", "--overwrite", "-q") == 0
 
 
 def test_nan_weights_are_named(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

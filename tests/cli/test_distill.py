@@ -109,6 +109,19 @@ def test_run_writes_a_report_and_prints_it(vectors: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["format"] == "calib.distillation"
 
 
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_a_folder_in_the_place_of_the_checkpoints_is_kept(
+    vectors: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    (vectors / "out.checkpoints").mkdir()
+    (vectors / "out.checkpoints" / "mine.safetensors").write_text("kept")
+    recipe = vectors / "recipe.yaml"
+    recipe.write_text(RECIPE.format(source=vectors))
+    assert run("distill", "run", "-c", recipe, "-o", vectors / "out", option) == 2
+    assert "no folder of checkpoints" in capsys.readouterr().err
+    assert (vectors / "out.checkpoints" / "mine.safetensors").read_text() == "kept"
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_report(vectors: Path) -> None:
     """SIGKILL while it works; two runs of one recipe differ in nothing, so neither may these."""

@@ -21,13 +21,14 @@ from calib.cures.ranges import smoothed_ranges
 from calib.cures.result import CureOptions
 from calib.cures.rungs import RUNGS, _walk
 from calib.cures.search import find_cure
+from calib.cures.smooth import Smoothing
 from calib.cures.trials import SEARCH_ROWS, Trial, Trials, search_rows
 from calib.errors import GateError, UsageError
 from calib.evaluation.interval import Interval
 from calib.measurement import Measurement, MeasureOptions, measure
 from calib.models import OpenedModel, open_model
 from calib.quantized import QuantizedModel
-from tests.cures.models import build, loud_norms, spiked
+from tests.cures.models import build, loud_norms, pairs_of, spiked
 
 
 @pytest.fixture
@@ -339,3 +340,48 @@ def test_a_prefix_outside_of_the_vocabulary_is_refused(opened: OpenedModel, bloc
 def test_bad_options_are_named(options: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         CureOptions(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "judged"), [("falcon", 1), ("llama", 3)])
+def test_a_rotation_that_no_pair_ends_in_is_judged_once(
+    name: str, judged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def attempt(candidate: Candidate, rival: Trial | None = None) -> Trial:
+        attempts.append(candidate)
+        return Trial(candidate, Score(np.array([1.0]), None), None)
+
+    pairs: Any = tuple(pairs_of(name))
+    none: Any = None
+    smoothing = Smoothing(pairs, (0.8,) * len(pairs), ())
+    start = Candidate(8, symmetric=True, measurement=none, ranges=none, smoothing=smoothing)
+    trials: Any = SimpleNamespace(model=build(name), attempt=attempt, ranges=lambda one: None, met=lambda trial: False)
+    monkeypatch.setattr("calib.cures.rungs._smoothed", lambda trials, base, alphas: base)
+    RUNGS["rotate-online"](trials, Trial(start, Score(np.array([1.0]), None), None))
+    assert len(attempts) == judged
+
+
+@pytest.mark.parametrize(
+    ("length", "said"), [(64, "no sink that one takes"), (512, "smaller --max-length leaves room")]
+)
+def test_why_no_prefix_was_tried_is_said(
+    tiny_gpt2: Path, length: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(tiny_gpt2, device="cpu")  # learned 512 positions
+    blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=1, max_length=length)
+    monkeypatch.setattr("calib.cures.rungs.find_prefixes", lambda opened, blocks: [])
+    trials: Any = SimpleNamespace(opened=opened, blocks=blocks, predicts=True, skipped={})
+    best: Any = None
+    assert RUNGS["prefix"](trials, best) is None
+    assert said in trials.skipped["prefix"]
+
+
+def test_every_rung_runs_a_decoder_that_makes_up_nothing(blocks: TokenBlocks, tiny_llama: Path) -> None:
+    opened = replace(open_model(tiny_llama, device="cpu"), model=build("t5"))
+    few = blocks.rewritten(blocks.input_ids % 300, "within the vocabulary")
+    measurement = measure(opened, few.select(range(8)), MeasureOptions(batch_size=4))
+    options = CureOptions(cures=("resample", "compensate"), bits=4, target=1.0)
+    cured = find_cure(opened, measurement, few.select(range(8)), few.select(range(8, 12)), options)
+    assert any(row.name.endswith("compensate") for row in cured.rows)
+    assert "resample" not in cured.skipped
