@@ -139,7 +139,7 @@ class StudentTrainer:
             samples_per_class=condition.per_class,
             steps=run.steps,
             **self._judged(student, omitted),
-            deployment=self._deployment(student, condition, run, file, variant),
+            deployment=self._deployment(student, teacher, condition, run, file),
         )
         if row_path is not None and self.ranks.main:
             row_path.write_text(row.model_dump_json() + "\n", encoding="utf-8")
@@ -168,13 +168,13 @@ class StudentTrainer:
         }
 
     def _deployment(
-        self, student: Classifier, condition: Condition, run: StudentRun, file: str, variant: Variant
+        self, student: Classifier, teacher: Classifier | None, condition: Condition, run: StudentRun, file: str
     ) -> Deployment | None:
         plan = self.recipe.student.quantization
         if plan is None:
             return None
         from calib.distill.quantized.deployment import deploy
-        from calib.distill.quantized.latency import latency_or_reason, onnx_student
+        from calib.distill.quantized.latency import first_input, latency_or_reason
 
         records = condition.records
         if plan.calibration < len(records):
@@ -182,12 +182,10 @@ class StudentTrainer:
             records = records.select(stratified_share(records.labels, share, self.seed))
         calibration, test = student.batches(records), student.batches(self.data.test)
         deployed = deploy(student.model, student.task, calibration, test, name=student.name, learned=run.plan)
-        feed = None
-        if student.kind != "image":
-            batch = next(iter(calibration))
-            feed = {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
-        opened = onnx_student(student.model, deployed.scales.model)
-        latency, reason = latency_or_reason(opened, deployed.scales, feed)
+        feed = first_input(next(iter(calibration)))
+        latency, reason = latency_or_reason(
+            student.model, deployed.scales, feed, None if teacher is None else teacher.model
+        )
         folder = self.kept / f"student-{file}"
         if folder.exists() and self.ranks.main:
             save_scales(deployed.scales, folder)

@@ -32,7 +32,8 @@ def print_information(name: str, data: str, found: Sequence[InformationSummary],
     first = found[0]
     absent = f", {first.absent_classes} of them without a sample" if first.absent_classes else ""
     console.print(
-        f"[bold]{escape(name)}[/] on {escape(data)}: {first.samples:,} samples, {first.classes} classes{absent}"
+        f"[bold]{escape(name)}[/] on {escape(data)}: {first.samples:,} samples, {first.classes} classes{absent}",
+        soft_wrap=True,
     )
     table = Table()
     for column in ("T", "CMI", "separation", "NCMI", "log-likelihood", "accuracy", "ECE"):
@@ -141,9 +142,12 @@ def deployment_cells(rows: Sequence[StudentRow]) -> dict[str, str]:
         "INT4 weights": accuracy(4, "measured"),
         "as trained": accuracy(None, "learned"),
         "MB: float, INT8, INT4": ", ".join(f"{size / 1e6:.2f}" for size in sizes),
-        "ms: float, INT8": ", ".join(
-            _mean([getattr(one, key) for one in latencies], 2) for key in ("float_ms", "int8_ms") if latencies
+        "ms: teacher, float, INT8": ", ".join(
+            _mean([getattr(one, key) for one in latencies], 2) or "-"
+            for key in ("teacher_ms", "float_ms", "int8_ms")
+            if latencies
         ),
+        "in integers": f"{latencies[0].integer_layers} of {latencies[0].layers}" if latencies else "",
     }
 
 

@@ -271,11 +271,12 @@ class QuantizedAccuracy(Strict):
 class Latency(Strict):
     """Time of one input in ONNX Runtime, one thread: medians of alternating runs."""
 
+    teacher_ms: float | None = Field(default=None, description="Of the teacher, in float; None without a teacher")
     float_ms: float
     int8_ms: float
     speedup: float = Field(description="Median of the ratios of neighbouring runs")
-    integer_layers: int
-    layers: int
+    integer_layers: int = Field(description="Layers that the INT8 graph multiplies in integers")
+    layers: int = Field(description="Layers with a scale; convolutions among them stay in float in the graph")
 
 
 class Deployment(Strict):
