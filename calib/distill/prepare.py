@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from calib.distill.classifier import Classifier, open_classifier
+from calib.distill.classifier import Classifier, classifier_of
 from calib.distill.data import Records, read_records, split_off, stratified_share
 from calib.distill.encoder import EncoderClassifier, shortened
+from calib.distill.folders import open_classifier
+from calib.distill.fresh import fresh_model
 from calib.distill.language import block_records
 from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
@@ -96,57 +99,73 @@ def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData
     Raises:
         UsageError: kind of model and task do not fit, or a checkpoint has other classes.
     """
-    if recipe.task == "text-generation":
-        return _language_model(source, device)
-    text = recipe.task == "text-classification"
-    if text and source.network is not None:
-        raise UsageError(f"network {source.network}: is for images; name an encoder or a model for texts")
-    if not text and source.encoder is not None:
-        raise UsageError(f"encoder {source.encoder}: is for texts; name a network or a model for images")
+    if source.network is not None and recipe.task != "image-classification":
+        raise UsageError(f"network {source.network}: is for images; name an encoder or a model")
+    if source.encoder is not None and recipe.task != "text-classification":
+        raise UsageError(f"encoder {source.encoder}: is for texts; name a network or a model for {recipe.task}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if recipe.task == "text-generation":
+            return _language_model(source, device)
+        if source.network is not None:
+            found = _network(source, recipe, data, device)
+        elif source.encoder is not None:
+            found = _encoder(source, data, device)
+        else:
+            found = _model(source, recipe, data, device)
     names = {name: number for number, name in enumerate(data.train.class_names)}
-    found: Classifier
-    if source.model is not None:
-        found = open_classifier(source.model, device=device)
-        if found.classes != data.classes:
-            raise UsageError(
-                f"{source.model}: has {found.classes} outputs for {data.classes} classes; pass another model"
-            )
-        if (found.kind == "text") != text:
-            raise UsageError(f"{source.model}: is a {found.kind} classifier, the task is {recipe.task}")
-        # all models of a run share one order of labels, the data's
-        if found.label_ids and data.train.renamed(found.label_ids).labels != data.train.labels:
-            raise UsageError(
-                f"{source.model}: orders its classes otherwise than {recipe.data.source}; rename the labels"
-            )
-        found = replace(found, label_ids=None)
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            found = _encoder(source, data, device) if text else _network(source, recipe, data, device)
     return replace(found, label_ids=names, max_length=recipe.data.max_length)
+
+
+def _model(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
+    """A classifier of transformers, or one that was kept."""
+    name = str(source.model)
+    if source.fresh is not None:
+        fresh = fresh_model(name, source.fresh, recipe.task, data.train.class_names)
+        found = classifier_of(fresh, name)
+        found = replace(found, model=found.model.to(_device(device)))
+    else:
+        found = open_classifier(name, device=device)
+    if found.classes != data.classes:
+        raise UsageError(f"{name}: has {found.classes} outputs for {data.classes} classes; pass another model")
+    if f"{found.kind}-classification" != recipe.task:
+        raise UsageError(f"{name}: is a classifier of kind {found.kind}, the task is {recipe.task}")
+    # all models of a run share one order of labels, the data's
+    if found.label_ids and data.train.renamed(found.label_ids).labels != data.train.labels:
+        raise UsageError(f"{name}: orders its classes otherwise than {recipe.data.source}; rename the labels")
+    return found
 
 
 def _language_model(source: ModelRecipe, device: str) -> Classifier:
     from calib.models import open_model
 
-    name = str(source.model)
-    found = open_model(name, task="text-generation", device=device, dtype="float32")
-    model = found.model if source.layers is None else shortened(found.model, source.layers)
-    classes = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-    return Classifier(model, "language", classes, name, CausalLanguageTask(), tokenizer=found.tokenizer)
+    name, task = str(source.model), "text-generation"
+    found = (
+        open_model(name, task=task, device=device, dtype="float32")
+        if source.fresh is None
+        else fresh_model(name, source.fresh, task)
+    )
+    model: Any = found.model if source.layers is None else shortened(found.model, source.layers)
+    classes = int(model.get_output_embeddings().weight.shape[0])
+    on_device = model if source.fresh is None else model.to(_device(device))
+    return Classifier(on_device, "language", classes, name, CausalLanguageTask(), tokenizer=found.tokenizer)
 
 
 def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
     image, name = recipe.data.image, str(source.network)
     model = make_network(name, data.classes, channels=image.channels, size=image.size or 1).to(_device(device))
-    return Classifier(model, "image", data.classes, name, ClassificationTask(), image=image)
+    return Classifier(model, "image", data.classes, name, ClassificationTask(), image=image, network=name)
 
 
 def _encoder(source: ModelRecipe, data: RecipeData, device: str) -> Classifier:
     from calib.models import open_model
 
-    name = str(source.encoder)
-    found = open_model(name, task="feature-extraction", device=device, dtype="float32")
+    name, task = str(source.encoder), "feature-extraction"
+    found = (
+        open_model(name, task=task, device=device, dtype="float32")
+        if source.fresh is None
+        else fresh_model(name, source.fresh, task)
+    )
     encoder = found.model if source.layers is None else shortened(found.model, source.layers)
     model = EncoderClassifier(encoder, data.classes).to(_device(device))
     return Classifier(model, "text", data.classes, name, ClassificationTask(), tokenizer=found.tokenizer)

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from calib import __version__
 from calib.distill.centroids import ClassBalancedBatches
 from calib.distill.checkpoint import Checkpoint
-from calib.distill.classifier import Classifier, keep_model
+from calib.distill.classifier import Classifier, collation
 from calib.distill.cmi import measure_information
-from calib.distill.data import Records, collate_texts
+from calib.distill.data import Records
 from calib.distill.distillation import EpochRecord
+from calib.distill.folders import keep_model
 from calib.distill.gains import paired_gains
 from calib.distill.grouping import RowGrouping, frequent_rows
 from calib.distill.language import next_token_counts
@@ -161,7 +162,7 @@ class _Run:
             memory = recipe.mcmi.row_memory * 1_000_000 // max(1, len(recipe.temperatures))
             counts = next_token_counts(self.data.train, mll.classes)
             self.grouping = frequent_rows(counts, memory_bytes=memory)
-        if recipe.teacher.model is None:
+        if recipe.teacher.trained_here:
             training = recipe.teacher.training
             train_student(
                 mll.model,
@@ -210,8 +211,8 @@ class _Run:
             sampler = ClassBalancedBatches(
                 self.data.train.labels, seed=seed, classes_per_batch=plan.batch_size // 8 or 1
             )
-            collate = collate_texts if start.kind == "text" else None
-            options["balanced"] = DataLoader(start.dataset(self.data.train), batch_sampler=sampler, collate_fn=collate)
+            samples = start.dataset(self.data.train)
+            options["balanced"] = DataLoader(samples, batch_sampler=sampler, collate_fn=collation(samples))
         validation = start.batches(self.data.validation, plan.batch_size)
         if len(plan.strengths) > 1:
             swept = sweep_strength(start.model, train, validation, plan.strengths, settings, **options)
@@ -267,7 +268,7 @@ class _Run:
 
     def _keep(self, found: dict[TeacherName, Classifier]) -> None:
         for name, classifier in found.items():
-            keep_model(self.folder / f"teacher-{name}", classifier, self.recipe.teacher.network)
+            keep_model(self.folder / f"teacher-{name}", classifier)
         first = next(iter(found.values()))
         if first.kind != "image":
             return

@@ -12,10 +12,11 @@ import torch
 from pydantic import ValidationError
 
 from calib.distill.checkpoint import Checkpoint
-from calib.distill.classifier import Classifier, keep_model
+from calib.distill.classifier import Classifier
 from calib.distill.cmi import measure_information
 from calib.distill.data import stratified_share
 from calib.distill.distillation import EpochRecord
+from calib.distill.folders import keep_model
 from calib.distill.prepare import RecipeData, make_classifier, optimiser_settings
 from calib.distill.protocols import Condition, shifted_and_flipped, zero_shot_result
 from calib.distill.quantized import FakeQuantization, PeakControl
@@ -47,7 +48,7 @@ class StudentTrainer:
         data: its data.
         seed: of weights and order.
         device: auto, cpu or cuda.
-        kept: folder for students that are worth keeping: of the first seed those for quantization and language models.
+        kept: folder for the students of the first seed.
         work: folder for checkpoints and finished rows, if any.
         ranks: processes that share each batch.
         log: gets each epoch.
@@ -126,9 +127,8 @@ class StudentTrainer:
             name=name,
             log=self.log,
         )
-        worth_keeping = variant == "friendly" or student.kind == "language"
-        if worth_keeping and self.seed == self.recipe.seeds[0] and self.ranks.main:
-            keep_model(self.kept / f"student-{file}", student, self.recipe.student.network)
+        if self.seed == self.recipe.seeds[0] and self.ranks.main:
+            keep_model(self.kept / f"student-{file}", student)
         row = StudentRow(
             seed=self.seed,
             teacher=teacher_name,
@@ -220,12 +220,18 @@ def check_inputs(student: Classifier, teacher: Classifier) -> None:
     """Refuses a pair that cannot read one batch.
 
     Raises:
-        UsageError: other images, or another vocabulary.
+        UsageError: other images, other inputs of a sound, or another vocabulary.
     """
     if student.image != teacher.image:
         raise UsageError(
             f"student {student.name} and teacher {teacher.name}: expect other images; "
             "set data.image to what the teacher takes"
+        )
+    extractors = [None if one.processor is None else one.processor.to_dict() for one in (student, teacher)]
+    if extractors[0] != extractors[1]:
+        raise UsageError(
+            f"student {student.name} and teacher {teacher.name}: make other inputs of a sound; choose a pair that "
+            "shares its preprocessor_config.json"
         )
     vocabularies: list[Any] = [
         None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (student, teacher)

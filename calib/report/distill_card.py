@@ -67,6 +67,9 @@ def _lines(report: DistillReport, folder: Path) -> Iterator[str]:
 def _source(model: ModelRecipe) -> str:
     if model.network is not None:
         return f"`{model.network}` with fresh weights"
+    if model.fresh is not None:
+        changes = ", ".join(f"{name} {value}" for name, value in model.fresh.items()) or "unchanged"
+        return f"the configuration of `{model.encoder or model.model}` ({changes}) with fresh weights"
     if model.encoder is not None:
         layers = "" if model.layers is None else f", its first {model.layers} layers"
         return f"`{model.encoder}`{layers}, with a fresh head"

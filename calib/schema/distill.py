@@ -15,6 +15,7 @@ __all__ = [
     "Deployment",
     "DistillRecipe",
     "DistillReport",
+    "EncoderFile",
     "FakeQuantizationRecipe",
     "FrameworkRecipe",
     "ImageInput",
@@ -55,6 +56,16 @@ class NetworkFile(Strict):
     classes: int = Field(ge=2)
     class_names: list[str]
     image: ImageInput
+
+
+class EncoderFile(Strict):
+    """`classifier.json` beside a text encoder as transformers saves it and `head.safetensors`."""
+
+    format: Literal["calib.encoder-classifier"] = "calib.encoder-classifier"
+    version: Literal["1.0"] = "1.0"
+    classes: int = Field(ge=2)
+    class_names: list[str]
+    max_length: int = Field(ge=1, description="Tokens of a text")
 
 
 class OptimiserRecipe(Strict):
@@ -102,6 +113,10 @@ class ModelRecipe(Strict):
     encoder: str | None = Field(default=None, description="Text encoder that gets a fresh head, trained here")
     layers: int | None = Field(default=None, ge=1, description="Of an encoder or a language model, keep so many")
     model: str | None = Field(default=None, description="Hub id or folder of a trained classifier or language model")
+    fresh: dict[str, bool | int | float | str] | None = Field(
+        default=None,
+        description="Fresh weights for the encoder or model: its configuration with these changes, trained here",
+    )
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
 
     @model_validator(mode="after")
@@ -110,11 +125,20 @@ class ModelRecipe(Strict):
             raise ValueError("exactly one of network, encoder and model is needed")
         if self.layers is not None and self.network is not None:
             raise ValueError("layers belongs to an encoder or a language model")
+        if self.fresh is not None and self.network is not None:
+            raise ValueError("fresh belongs to an encoder or a model; the weights of a network are fresh anyway")
+        if self.fresh is not None and self.layers is not None:
+            raise ValueError("layers keeps trained layers; with fresh weights set fresh: {num_hidden_layers: ...}")
         return self
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether it has weights that know nothing yet."""
+        return self.model is None or self.fresh is not None
 
 
 class TeacherRecipe(ModelRecipe):
-    """A model trained here by log-likelihood, or a checkpoint taken as it is."""
+    """A model trained here by log-likelihood where its weights are fresh, or a checkpoint taken as it is."""
 
 
 class McmiRecipe(Strict):
@@ -209,7 +233,7 @@ class DistillRecipe(Strict):
     """The whole of a recipe for `calib distill run`."""
 
     metadata: RecipeMetadata
-    task: Literal["image-classification", "text-classification", "text-generation"]
+    task: Literal["image-classification", "text-classification", "audio-classification", "text-generation"]
     data: DataRecipe
     teacher: TeacherRecipe
     mcmi: McmiRecipe = Field(default_factory=McmiRecipe)

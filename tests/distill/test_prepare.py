@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calib.distill.classifier import classifier_of, open_classifier
+from calib.distill.classifier import classifier_of
+from calib.distill.folders import open_classifier
 from calib.distill.run import run_recipe
 from calib.errors import CalibError, CorpusError, UsageError
 from calib.models import open_model

@@ -10,9 +10,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from calib.distill.classifier import open_classifier
 from calib.distill.cmi import measure_information
 from calib.distill.data import read_records
+from calib.distill.folders import open_classifier
 from calib.distill.gains import paired_gains
 from calib.distill.run import run_recipe
 from calib.errors import UsageError

@@ -31,10 +31,14 @@ def first_input(batch: Any) -> dict[str, Any]:
     """The first sample of a batch, as ONNX Runtime takes it, by the names of the graph's inputs.
 
     Args:
-        batch: a mapping with `input_ids` and `attention_mask`, or a sequence whose first part is the inputs.
+        batch: a mapping with `input_ids` and `attention_mask` or with one other input, or a sequence whose first part
+            is the inputs.
     """
     if isinstance(batch, Mapping):
-        return {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
+        if "input_ids" in batch:
+            return {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
+        name = next(name for name in batch if name not in ("attention_mask", "labels", "index"))
+        return {INPUT: batch[name][:1].numpy()}
     return {INPUT: batch[0][:1].numpy()}
 
 
