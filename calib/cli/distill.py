@@ -179,7 +179,9 @@ def _picture_and_card(report: DistillReport, folder: Path) -> None:
     from calib.report.distill_card import write_card
 
     try:
-        draw_curves(read_log(folder / FILE), folder / "curves.png")
+        left_out = draw_curves(read_log(folder / FILE), folder / "curves.png")
+        if left_out:
+            click.echo(f"curves.png: no room for {len(left_out)} kinds of training; {FILE} has them all", err=True)
     except (UsageError, ArtifactError) as error:
         click.echo(f"no picture of the learning curves: {error}", err=True)
     write_card(report, folder)

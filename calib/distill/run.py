@@ -19,7 +19,7 @@ from calib.distill.centroids import ClassBalancedBatches
 from calib.distill.checkpoint import Checkpoint
 from calib.distill.classifier import Classifier, collation
 from calib.distill.cmi import measure_information
-from calib.distill.data import Records
+from calib.distill.data import Records, spread_over_classes
 from calib.distill.distillation import EpochRecord
 from calib.distill.folders import keep_model
 from calib.distill.gains import paired_gains
@@ -50,7 +50,7 @@ __all__ = ["run_recipe"]
 
 Progress = Callable[[str], None]
 TeacherName = Literal["mll", "control", "mcmi"]
-_CAM_IMAGES = 8
+_CAM_IMAGES = 256
 
 
 def run_recipe(
@@ -95,6 +95,7 @@ def run_recipe(
             "validation": len(run.data.validation),
             "test": len(run.data.test),
         },
+        class_names=list(run.data.train.class_names),
         teachers=run.teachers,
         students=run.students,
         gains=paired_gains(run.students),
@@ -272,7 +273,8 @@ class _Run:
         first = next(iter(found.values()))
         if first.kind != "image":
             return
-        batch = next(iter(first.batches(self.data.test, _CAM_IMAGES)))
+        test = self.data.test
+        batch = next(iter(first.batches(test.select(spread_over_classes(test.labels, _CAM_IMAGES)), _CAM_IMAGES)))
         try:
             maps = compare_cams({name: one.model for name, one in found.items()}, batch, first.task)
             save_cams(self.folder / "eigen_cam.png", batch[0], maps)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,12 @@ from calib.schema.distill import (
     Deployment,
     DistillRecipe,
     FrameworkRecipe,
+    Latency,
     QuantizationRecipe,
     StudentRow,
     TrainingRecipe,
 )
+from calib.schema.scales import ScaleFile
 
 __all__ = ["StudentTrainer", "student_settings"]
 
@@ -64,6 +66,7 @@ class StudentTrainer:
     ranks: Ranks
     log: Callable[[str, EpochRecord], None]
     progress: Callable[[str], None]
+    latencies: dict[bool, tuple[Latency | None, str | None]] = field(default_factory=dict, init=False)
 
     def students(
         self,
@@ -174,7 +177,6 @@ class StudentTrainer:
         if plan is None:
             return None
         from calib.distill.quantized.deployment import deploy
-        from calib.distill.quantized.latency import first_input, latency_or_reason
 
         records = condition.records
         if plan.calibration < len(records):
@@ -182,14 +184,23 @@ class StudentTrainer:
             records = records.select(stratified_share(records.labels, share, self.seed))
         calibration, test = student.batches(records), student.batches(self.data.test)
         deployed = deploy(student.model, student.task, calibration, test, name=student.name, learned=run.plan)
-        feed = first_input(next(iter(calibration)))
-        latency, reason = latency_or_reason(
-            student.model, deployed.scales, feed, None if teacher is None else teacher.model
-        )
+        latency, reason = self._latency(student, teacher, deployed.scales, next(iter(calibration)))
         folder = self.kept / f"student-{file}"
         if folder.exists() and self.ranks.main:
             save_scales(deployed.scales, folder)
         return deployed.record.model_copy(update={"latency": latency, "no_latency": reason})
+
+    def _latency(
+        self, student: Classifier, teacher: Classifier | None, scales: ScaleFile, batch: Any
+    ) -> tuple[Latency | None, str | None]:
+        """Measured once with a teacher and once without: the graphs of all students of a run are alike."""
+        from calib.distill.quantized.latency import first_input, latency_or_reason
+
+        key = teacher is not None
+        if key not in self.latencies:
+            model = None if teacher is None else teacher.model
+            self.latencies[key] = latency_or_reason(student.model, scales, first_input(batch), model)
+        return self.latencies[key]
 
 
 def student_settings(

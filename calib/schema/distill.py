@@ -293,7 +293,10 @@ class QuantizedAccuracy(Strict):
 
 
 class Latency(Strict):
-    """Time of one input in ONNX Runtime, one thread: medians of alternating runs."""
+    """Time of one input in ONNX Runtime, one thread: medians of alternating runs.
+
+    Measured once a seed with a teacher and once without: the graphs of its students differ in their numbers only.
+    """
 
     teacher_ms: float | None = Field(default=None, description="Of the teacher, in float; None without a teacher")
     float_ms: float
@@ -359,6 +362,7 @@ class DistillReport(Strict):
     recipe: DistillRecipe
     versions: dict[str, str]
     data: dict[str, int | str]
+    class_names: list[str] = Field(default=[], description="In the order of the confusion matrices")
     teachers: list[TeacherRow]
     students: list[StudentRow]
     gains: list[PairedGain]

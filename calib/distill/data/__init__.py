@@ -7,7 +7,7 @@ from calib.distill.data.encoded import ImageSet, TextSet, collate_texts
 from calib.distill.data.read import read_records
 from calib.distill.data.records import Records
 from calib.distill.data.sound import SoundSet
-from calib.distill.data.splits import SplitRecords, split_off, stratified_share
+from calib.distill.data.splits import SplitRecords, split_off, spread_over_classes, stratified_share
 
 __all__ = [
     "ImageSet",
@@ -18,5 +18,6 @@ __all__ = [
     "collate_texts",
     "read_records",
     "split_off",
+    "spread_over_classes",
     "stratified_share",
 ]
