@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from calib.distill.classifier import Classifier
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask
 from calib.errors import ArtifactError
+from calib.models.device import choose_device
 from calib.schema.distill import ImageInput, NetworkFile
 
 __all__ = ["load_network", "save_network"]
@@ -59,9 +59,8 @@ def load_network(folder: Path, device: str = "auto") -> Classifier:
         raise ArtifactError(
             f"{folder}: no usable classifier ({reason}); write it again with calib distill run"
         ) from error
-    target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return Classifier(
-        model=model.to(target).eval(),
+        model=model.to(choose_device(device)).eval(),
         kind="image",
         classes=record.classes,
         name=folder.name,

@@ -19,6 +19,7 @@ from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.task import CausalLanguageTask, ClassificationTask
 from calib.errors import UsageError
+from calib.models.device import choose_device
 from calib.schema.distill import DistillRecipe, ModelRecipe, OptimiserRecipe
 
 __all__ = ["RecipeData", "make_classifier", "optimiser_settings", "read_data"]
@@ -123,7 +124,7 @@ def _model(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device:
     if source.fresh is not None:
         fresh = fresh_model(name, source.fresh, recipe.task, data.train.class_names)
         found = classifier_of(fresh, name)
-        found = replace(found, model=found.model.to(_device(device)))
+        found = replace(found, model=found.model.to(choose_device(device)))
     else:
         found = open_classifier(name, device=device)
     if found.classes != data.classes:
@@ -147,13 +148,13 @@ def _language_model(source: ModelRecipe, device: str) -> Classifier:
     )
     model: Any = found.model if source.layers is None else shortened(found.model, source.layers)
     classes = int(model.get_output_embeddings().weight.shape[0])
-    on_device = model if source.fresh is None else model.to(_device(device))
+    on_device = model if source.fresh is None else model.to(choose_device(device))
     return Classifier(on_device, "language", classes, name, CausalLanguageTask(), tokenizer=found.tokenizer)
 
 
 def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
     image, name = recipe.data.image, str(source.network)
-    model = make_network(name, data.classes, channels=image.channels, size=image.size or 1).to(_device(device))
+    model = make_network(name, data.classes, channels=image.channels, size=image.size or 1).to(choose_device(device))
     return Classifier(model, "image", data.classes, name, ClassificationTask(), image=image, network=name)
 
 
@@ -167,14 +168,10 @@ def _encoder(source: ModelRecipe, data: RecipeData, device: str) -> Classifier:
         else fresh_model(name, source.fresh, task)
     )
     encoder = found.model if source.layers is None else shortened(found.model, source.layers)
-    model = EncoderClassifier(encoder, data.classes).to(_device(device))
+    model = EncoderClassifier(encoder, data.classes).to(choose_device(device))
     return Classifier(model, "text", data.classes, name, ClassificationTask(), tokenizer=found.tokenizer)
 
 
 def optimiser_settings(recipe: OptimiserRecipe) -> OptimiserSettings:
     """The settings that a recipe names."""
     return OptimiserSettings(**recipe.model_dump())
-
-
-def _device(device: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

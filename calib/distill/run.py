@@ -36,6 +36,7 @@ from calib.distill.protocols import (
 )
 from calib.distill.protocols.eigencam import save_cams
 from calib.distill.ranks import Ranks
+from calib.distill.rehearsal import rehearse
 from calib.distill.student import train_student
 from calib.distill.student_rows import StudentTrainer, student_settings
 from calib.distill.sweep import sweep_strength
@@ -82,6 +83,8 @@ def run_recipe(
     ranks = Ranks(cpu=device == "cpu" or not torch.cuda.is_available())
     silent: Progress = lambda line: None  # noqa: E731
     run = _Run(recipe, folder, device, (progress if ranks.main else None) or silent, read_data(recipe), ranks, work)
+    run.conditions(recipe.seeds[0])  # refuses what it must before anything is trained
+    rehearse(recipe, run.data, device)
     for seed in recipe.seeds:
         run.seed(seed)
     report = DistillReport(
@@ -148,7 +151,7 @@ class _Run:
         trainer = StudentTrainer(
             self.recipe, self.data, seed, self.device, self.kept, self.work, self.ranks, self.log, self.progress
         )
-        for condition, omitted in self._conditions(seed):
+        for condition, omitted in self.conditions(seed):
             self.students += trainer.students(FrameworkRecipe(name="ce"), "none", None, condition, omitted)
             for framework in self.recipe.student.frameworks:
                 for name, teacher in found.items():
@@ -254,7 +257,8 @@ class _Run:
         )
         self.teachers.append(row)
 
-    def _conditions(self, seed: int) -> list[tuple[Condition, tuple[int, ...]]]:
+    def conditions(self, seed: int) -> list[tuple[Condition, tuple[int, ...]]]:
+        """What students get to see, and the classes that they do not."""
         plan, train = self.recipe.protocol, self.data.train
         if plan.kind == "few-shot":
             return [(condition, ()) for condition in few_shot_conditions(train, plan.shares, seed)]

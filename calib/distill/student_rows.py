@@ -22,7 +22,7 @@ from calib.distill.protocols import Condition, shifted_and_flipped, zero_shot_re
 from calib.distill.quantized import FakeQuantization, PeakControl
 from calib.distill.ranks import Ranks
 from calib.distill.student import StudentRun, StudentSettings, train_student
-from calib.errors import ArtifactError, UsageError
+from calib.errors import ArtifactError
 from calib.scales.file import save_scales
 from calib.schema.distill import (
     Deployment,
@@ -110,8 +110,6 @@ class StudentTrainer:
             name += f", {variant}"
         self.progress(name)
         student = make_classifier(self.recipe.student, self.recipe, self.data, self.seed, self.device)
-        if teacher is not None:
-            check_inputs(student, teacher)
         training = self.recipe.student.training
         checkpoint = None if self.work is None else Checkpoint(self.work / f"student-{file}.safetensors")
         quantization = self.recipe.student.quantization if variant == "friendly" else None
@@ -122,7 +120,7 @@ class StudentTrainer:
             framework.name,
             student_settings(training, self.seed, len(self.data.train), quantization),
             task=student.task,
-            weights=framework.model_dump(include={"cross_entropy", "soft_targets", "feature", "temperature"}),
+            weights=framework.weights,
             transform=shifted_and_flipped if training.augment else None,
             progress=self.progress,
             checkpoint=checkpoint,
@@ -225,32 +223,6 @@ def student_settings(
         quantization=None if fake is None else FakeQuantization(**fake.model_dump()),
         peaks=None if peaks is None else PeakControl(peaks.term, peaks.share, tuple(peaks.sites)),
     )
-
-
-def check_inputs(student: Classifier, teacher: Classifier) -> None:
-    """Refuses a pair that cannot read one batch.
-
-    Raises:
-        UsageError: other images, other inputs of a sound, or another vocabulary.
-    """
-    if student.image != teacher.image:
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: expect other images; "
-            "set data.image to what the teacher takes"
-        )
-    extractors = [None if one.processor is None else one.processor.to_dict() for one in (student, teacher)]
-    if extractors[0] != extractors[1]:
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: make other inputs of a sound; choose a pair that "
-            "shares its preprocessor_config.json"
-        )
-    vocabularies: list[Any] = [
-        None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (student, teacher)
-    ]
-    if vocabularies[0] != vocabularies[1]:
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: have other vocabularies; choose a pair with one"
-        )
 
 
 def _read_row(path: Path) -> StudentRow:

@@ -170,6 +170,11 @@ class FrameworkRecipe(Strict):
     feature: float | None = Field(default=None, ge=0, description="b")
     temperature: float = Field(default=4.0, gt=0)
 
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """r, a, b and T by name; None where the framework's own is meant."""
+        return self.model_dump(include={"cross_entropy", "soft_targets", "feature", "temperature"})
+
 
 class FakeQuantizationRecipe(Strict):
     """The forward pass in training as the deployment computes it."""

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from calib.distill.checkpoint import Checkpoint
 from calib.distill.cmi import measure_information
 from calib.distill.frameworks import FRAMEWORKS
 from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.student import StudentSettings, train_student
-from calib.errors import UsageError
+from calib.errors import ModelError, UsageError
 
 QUICK = StudentSettings(epochs=6, optimiser=OptimiserSettings("adamw", 1e-2, schedule="cosine"), auxiliary_epochs=1)
 
@@ -88,5 +90,31 @@ def test_requests_that_cannot_be_met_are_refused(mixture: Any) -> None:
     with pytest.raises(UsageError, match="feature maps"):
         train_student(fresh(), mixture.teacher, mixture.loader(), "at", QUICK)
     wild = StudentSettings(epochs=2, optimiser=OptimiserSettings("sgd", 1e12), clip_norm=1e30)
-    with pytest.raises(UsageError, match="the loss became"):
+    with pytest.raises(ModelError, match="the loss became") as error:
         train_student(fresh(), mixture.teacher, mixture.loader(), "kd", wild)
+    assert error.value.exit_code == 1
+    assert "last good checkpoint" not in str(error.value)  # there is none
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(mixture: Any, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "student.safetensors", seconds=0)
+    steps = 0
+
+    def transform(batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return (batch[0] * (float("nan") if steps > 8 else 1.0), *batch[1:])
+
+    with pytest.raises(ModelError, match=r"last good checkpoint is .*student\.safetensors"):
+        train_student(
+            fresh(), mixture.teacher, mixture.loader(), "kd", QUICK, transform=transform, checkpoint=checkpoint
+        )
+    held = checkpoint.load()
+    assert held is not None
+    assert held["steps"] == 8
+    assert all(tensor.isfinite().all() for tensor in held["student"].values())
+
+
+def test_a_batch_that_a_model_cannot_read_is_one_line(mixture: Any) -> None:
+    with pytest.raises(ModelError, match=r"cannot read a batch \(mat1 and mat2.*; pass what it was made for"):
+        train_student(torch.nn.Linear(5, 10), mixture.teacher, mixture.loader(), "kd", QUICK)

@@ -55,6 +55,9 @@ def read_records(source: str, split: str) -> Records:
     images = sorted(path.glob(f"{prefix}-images*ubyte*"))
     if images:
         return _read_idx(images[0], source)
+    others = sorted(file.stem for file in path.iterdir() if file.suffix in _FILES)
+    if others:
+        raise CorpusError(f"data {source}: no split {split}; there is {', '.join(others[:8])}")
     return _read_class_folders(path / split if (path / split).is_dir() else path, source)
 
 
