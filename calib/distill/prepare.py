@@ -15,11 +15,13 @@ from calib.distill.encoder import EncoderClassifier, shortened
 from calib.distill.folders import open_classifier
 from calib.distill.fresh import fresh_model
 from calib.distill.language import block_records
-from calib.distill.networks import make_network
+from calib.distill.networks import NETWORKS, TEXT_NETWORKS, make_network, make_text_network
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.task import CausalLanguageTask, ClassificationTask
 from calib.errors import UsageError
 from calib.models.device import choose_device
+from calib.models.source import locate
+from calib.models.tokens import load_tokenizer
 from calib.schema.distill import DistillRecipe, ModelRecipe, OptimiserRecipe
 
 __all__ = ["RecipeData", "make_classifier", "optimiser_settings", "read_data"]
@@ -67,8 +69,6 @@ def read_data(recipe: DistillRecipe) -> RecipeData:
 def _read_blocks(recipe: DistillRecipe) -> RecipeData:
     """Text as token blocks of the teacher's tokenizer."""
     from calib.corpus import build_blocks
-    from calib.models.source import locate
-    from calib.models.tokens import load_tokenizer
 
     data, model = recipe.data, str(recipe.teacher.model)
     tokenizer = load_tokenizer(locate(model).folder, model)
@@ -100,8 +100,10 @@ def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData
     Raises:
         UsageError: kind of model and task do not fit, or a checkpoint has other classes.
     """
-    if source.network is not None and recipe.task != "image-classification":
-        raise UsageError(f"network {source.network}: is for images; name an encoder or a model")
+    if source.network is not None and recipe.task not in ("image-classification", "text-classification"):
+        raise UsageError(f"network {source.network}: is for images or texts; name a model for {recipe.task}")
+    if source.network in NETWORKS and recipe.task == "text-classification":
+        raise UsageError(f"network {source.network}: is for images; choose {', '.join(TEXT_NETWORKS)}")
     if source.encoder is not None and recipe.task != "text-classification":
         raise UsageError(f"encoder {source.encoder}: is for texts; name a network or a model for {recipe.task}")
     with torch.random.fork_rng():
@@ -109,7 +111,8 @@ def make_classifier(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData
         if recipe.task == "text-generation":
             return _language_model(source, device)
         if source.network is not None:
-            found = _network(source, recipe, data, device)
+            made = _network if recipe.task == "image-classification" else _text_network
+            found = made(source, recipe, data, device)
         elif source.encoder is not None:
             found = _encoder(source, data, device)
         else:
@@ -156,6 +159,20 @@ def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, devic
     image, name = recipe.data.image, str(source.network)
     model = make_network(name, data.classes, channels=image.channels, size=image.size or 1).to(choose_device(device))
     return Classifier(model, "image", data.classes, name, ClassificationTask(), image=image, network=name)
+
+
+def _text_network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
+    name, teacher = str(source.network), recipe.teacher.encoder or recipe.teacher.model
+    if teacher is None:
+        raise UsageError(f"network {name}: reads the tokens of its teacher; give the teacher an encoder or a model")
+    tokenizer = load_tokenizer(locate(teacher).folder, teacher)
+    if tokenizer is None:
+        raise UsageError(f"network {name}: reads the tokens of its teacher, but {teacher} has no tokenizer")
+    length = recipe.data.max_length
+    model = make_text_network(name, data.classes, vocabulary=len(tokenizer), length=length)
+    task = ClassificationTask()
+    found = Classifier(model, "text", data.classes, name, task, tokenizer=tokenizer, max_length=length, network=name)
+    return replace(found, model=model.to(choose_device(device)))
 
 
 def _encoder(source: ModelRecipe, data: RecipeData, device: str) -> Classifier:

@@ -55,7 +55,15 @@ class NetworkFile(Strict):
     network: str
     classes: int = Field(ge=2)
     class_names: list[str]
-    image: ImageInput
+    image: ImageInput | None = Field(default=None, description="None: it reads texts, its tokenizer lies beside it")
+    vocabulary: int | None = Field(default=None, ge=1, description="Tokens of a network for texts")
+    max_length: int | None = Field(default=None, ge=1, description="Most tokens of a text")
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> NetworkFile:
+        if (self.image is None) != (self.vocabulary is not None and self.max_length is not None):
+            raise ValueError("either image, or vocabulary and max_length are needed")
+        return self
 
 
 class EncoderFile(Strict):
@@ -109,7 +117,7 @@ class DataRecipe(Strict):
 class ModelRecipe(Strict):
     """Where a model comes from: exactly one of network, encoder and model."""
 
-    network: str | None = Field(default=None, description="Built-in image network with fresh weights, trained here")
+    network: str | None = Field(default=None, description="Built-in network with fresh weights, trained here")
     encoder: str | None = Field(default=None, description="Text encoder that gets a fresh head, trained here")
     layers: int | None = Field(default=None, ge=1, description="Of an encoder or a language model, keep so many")
     model: str | None = Field(default=None, description="Hub id or folder of a trained classifier or language model")
@@ -308,7 +316,9 @@ class Latency(Strict):
     int8_ms: float
     speedup: float = Field(description="Median of the ratios of neighbouring runs")
     integer_layers: int = Field(description="Layers that the INT8 graph multiplies in integers")
-    layers: int = Field(description="Layers with a scale; convolutions among them stay in float in the graph")
+    layers: int = Field(
+        description="Linear layers and convolutions that are judged in INT8; some stay in float in the graph"
+    )
 
 
 class Deployment(Strict):

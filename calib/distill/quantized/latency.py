@@ -18,6 +18,7 @@ from torch import nn
 from calib.distill.quantized.image_graph import INPUT, integer_image_graph, tensor_graph
 from calib.errors import CalibError, UsageError
 from calib.models import OpenedModel
+from calib.quantized import plan_from_scales
 from calib.schema.distill import Latency
 from calib.schema.provenance import ModelProvenance
 from calib.schema.scales import ScaleFile
@@ -115,7 +116,7 @@ def measure_latency(
         int8_ms=medians["int8"],
         speedup=round(statistics.median(ratios), 3),
         integer_layers=len(integer),
-        layers=sum(name.endswith(":weight") for name in scales.tensors),
+        layers=len(plan_from_scales(student, inputs="none").weights),
     )
 
 

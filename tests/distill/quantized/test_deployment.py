@@ -62,7 +62,7 @@ def test_a_text_student_is_timed_in_onnx_runtime_beside_its_teacher(minilm_like:
     assert latency.float_ms > 0
     assert latency.teacher_ms is not None
     assert latency.teacher_ms > 0
-    # the pooler is never called
+    # the head reads one row per text, a product that the exporter leaves in float
     assert latency.integer_layers == len(plan_from_scales(model, inputs="none").weights) - 1
 
 
