@@ -151,12 +151,12 @@ class _Run:
         trainer = StudentTrainer(
             self.recipe, self.data, seed, self.device, self.kept, self.work, self.ranks, self.log, self.progress
         )
-        for condition, omitted in self.conditions(seed):
-            self.students += trainer.students(FrameworkRecipe(name="ce"), "none", None, condition, omitted)
+        for condition in self.conditions(seed):
+            self.students += trainer.students(FrameworkRecipe(name="ce"), "none", None, condition)
             for framework in self.recipe.student.frameworks:
                 for name, teacher in found.items():
                     if framework.name != "ce":
-                        self.students += trainer.students(framework, name, teacher, condition, omitted)
+                        self.students += trainer.students(framework, name, teacher, condition)
 
     def _teachers(self, seed: int) -> dict[TeacherName, Classifier]:
         recipe = self.recipe
@@ -257,19 +257,19 @@ class _Run:
         )
         self.teachers.append(row)
 
-    def conditions(self, seed: int) -> list[tuple[Condition, tuple[int, ...]]]:
-        """What students get to see, and the classes that they do not."""
+    def conditions(self, seed: int) -> list[Condition]:
+        """What students get to see."""
         plan, train = self.recipe.protocol, self.data.train
         if plan.kind == "few-shot":
-            return [(condition, ()) for condition in few_shot_conditions(train, plan.shares, seed)]
-        if plan.kind == "zero-shot":
-            found = []
-            for classes in plan.omitted:
-                kept, numbers = without_classes(train, classes)
-                name = "without " + ", ".join(train.class_names[number] for number in numbers)
-                found.append((Condition(name, kept, _per_class(kept)), numbers))
-            return found
-        return [(Condition("full", train, _per_class(train)), ())]
+            return few_shot_conditions(train, plan.shares, seed)
+        if plan.kind == "full":
+            return [Condition("full", train)]
+        found = []
+        for classes in plan.omitted:
+            kept, numbers = without_classes(train, classes)
+            name = "without " + ", ".join(train.class_names[number] for number in numbers)
+            found.append(Condition(name, kept, numbers))
+        return found
 
     def _keep(self, found: dict[TeacherName, Classifier]) -> None:
         for name, classifier in found.items():
@@ -286,7 +286,3 @@ class _Run:
             self.progress(f"no Eigen-CAM maps: {error}")
             return
         self.covered_area = maps.area
-
-
-def _per_class(records: Records) -> int:
-    return min(records.labels.count(label) for label in set(records.labels))

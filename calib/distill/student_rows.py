@@ -74,7 +74,6 @@ class StudentTrainer:
         teacher_name: TeacherOfRow,
         teacher: Classifier | None,
         condition: Condition,
-        omitted: tuple[int, ...],
     ) -> list[StudentRow]:
         """The rows of one framework, teacher and condition.
 
@@ -83,12 +82,11 @@ class StudentTrainer:
             teacher_name: in rows.
             teacher: None for no teacher.
             condition: what the student gets to see.
-            omitted: classes that it never sees.
         """
         plan = self.recipe.student.quantization
         variants: list[Variant] = ["plain"] if plan is None or plan.plain else []
         variants += ["friendly"] if plan is not None else []
-        return [self._row(framework, teacher_name, teacher, condition, omitted, variant) for variant in variants]
+        return [self._row(framework, teacher_name, teacher, condition, variant) for variant in variants]
 
     def _row(
         self,
@@ -96,7 +94,6 @@ class StudentTrainer:
         teacher_name: TeacherOfRow,
         teacher: Classifier | None,
         condition: Condition,
-        omitted: tuple[int, ...],
         variant: Variant,
     ) -> StudentRow:
         file = "-".join([str(self.seed), condition.name, framework.name, teacher_name, variant])
@@ -139,7 +136,7 @@ class StudentTrainer:
             samples=len(condition.records),
             samples_per_class=condition.per_class,
             steps=run.steps,
-            **self._judged(student, omitted),
+            **self._judged(student, condition.omitted),
             deployment=self._deployment(student, teacher, condition, run, file),
         )
         if row_path is not None and self.ranks.main:
