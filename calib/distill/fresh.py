@@ -12,7 +12,6 @@ from torch import nn
 
 from calib.errors import UsageError
 from calib.models.quiet import quiet_transformers
-from calib.models.reason import reason
 from calib.models.source import locate
 from calib.models.tokens import load_processor, load_tokenizer
 
@@ -70,21 +69,23 @@ def fresh_model(
         except UsageError:
             raise
         except Exception as error:  # any configuration and any model class raises what it likes
-            raise UsageError(f"fresh: no model can be made of {reference} ({reason(error)}); change fresh") from error
+            why = " ".join(str(error).split())[:200]
+            raise UsageError(f"fresh: no model can be made of {reference} ({why}); change fresh") from error
         tokenizer = load_tokenizer(folder, reference)
         processor = load_processor(folder, reference)
     return FreshModel(model.float(), tokenizer, processor, task, folder)
 
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, without those that follow from others which change."""
+    """The entries, with those that follow from others which change."""
     entries: dict[str, Any] = config.to_dict()
     canonical = {getattr(config, "attribute_map", {}).get(name, name): value for name, value in changes.items()}
     width, heads = entries.get("hidden_size") or 0, entries.get("num_attention_heads") or 1
     follows = entries.get("head_dim") == width // heads
-    if follows and {"hidden_size", "num_attention_heads"} & canonical.keys():
-        del entries["head_dim"]
-    layers = canonical.get("num_hidden_layers")
-    if layers is not None and entries.get("layer_types"):
-        entries["layer_types"] = entries["layer_types"][:layers]
-    return entries | canonical
+    types, layers = entries.get("layer_types"), canonical.get("num_hidden_layers")
+    if types and layers is not None:  # a pattern, repeated
+        entries["layer_types"] = (types * -(-layers // len(types)))[:layers]
+    entries |= canonical
+    if follows and "head_dim" not in canonical:
+        entries["head_dim"] = entries["hidden_size"] // entries["num_attention_heads"]
+    return entries

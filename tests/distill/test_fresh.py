@@ -43,6 +43,20 @@ def test_fresh_weights_come_from_the_generator_and_not_from_the_checkpoint(tiny_
     )  # type: ignore[operator]
 
 
+def test_what_follows_from_a_change_follows(tmp_path: Path) -> None:
+    """Qwen3 has a head_dim of its own, 128 where none is said, and a type of each layer."""
+    from transformers import Qwen3Config
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    kinds = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}
+    Qwen3Config(**sizes, **kinds, num_attention_heads=4, num_key_value_heads=2, head_dim=8).save_pretrained(tmp_path)
+    config: Any = fresh_model(str(tmp_path), {"hidden_size": 64}, "text-generation").model.config
+    assert config.head_dim == 16
+    config = fresh_model(str(tmp_path), {"num_hidden_layers": 5}, "text-generation").model.config
+    assert config.layer_types == ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+    assert config.head_dim == 8
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [({"layers": 2}, "layers: .* has no such entry"), ({"hidden_size": 30, "num_attention_heads": 4}, "no model can")],
