@@ -141,18 +141,10 @@ def _model(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device:
 
 
 def _language_model(source: ModelRecipe, device: str) -> Classifier:
-    from calib.models import open_model
-
-    name, task = str(source.model), "text-generation"
-    found = (
-        open_model(name, task=task, device=device, dtype="float32")
-        if source.fresh is None
-        else fresh_model(name, source.fresh, task)
-    )
-    model: Any = found.model if source.layers is None else shortened(found.model, source.layers)
+    name = str(source.model)
+    model, tokenizer = _opened(source, name, "text-generation", device)
     classes = int(model.get_output_embeddings().weight.shape[0])
-    on_device = model if source.fresh is None else model.to(choose_device(device))
-    return Classifier(on_device, "language", classes, name, CausalLanguageTask(), tokenizer=found.tokenizer)
+    return Classifier(model, "language", classes, name, CausalLanguageTask(), tokenizer=tokenizer)
 
 
 def _network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, device: str) -> Classifier:
@@ -176,17 +168,21 @@ def _text_network(source: ModelRecipe, recipe: DistillRecipe, data: RecipeData, 
 
 
 def _encoder(source: ModelRecipe, data: RecipeData, device: str) -> Classifier:
+    name = str(source.encoder)
+    encoder, tokenizer = _opened(source, name, "feature-extraction", device)
+    model = EncoderClassifier(encoder, data.classes).to(choose_device(device))
+    return Classifier(model, "text", data.classes, name, ClassificationTask(), tokenizer=tokenizer)
+
+
+def _opened(source: ModelRecipe, name: str, task: str, device: str) -> tuple[Any, Any]:
+    """Model on its device, as it was saved, shortened or fresh, and its tokenizer."""
     from calib.models import open_model
 
-    name, task = str(source.encoder), "feature-extraction"
-    found = (
-        open_model(name, task=task, device=device, dtype="float32")
-        if source.fresh is None
-        else fresh_model(name, source.fresh, task)
-    )
-    encoder = found.model if source.layers is None else shortened(found.model, source.layers)
-    model = EncoderClassifier(encoder, data.classes).to(choose_device(device))
-    return Classifier(model, "text", data.classes, name, ClassificationTask(), tokenizer=found.tokenizer)
+    if source.fresh is not None:
+        fresh = fresh_model(name, source.fresh, task)
+        return fresh.model.to(choose_device(device)), fresh.tokenizer
+    found = open_model(name, task=task, device=device, dtype="float32")
+    return found.model if source.layers is None else shortened(found.model, source.layers), found.tokenizer
 
 
 def optimiser_settings(recipe: OptimiserRecipe) -> OptimiserSettings:
