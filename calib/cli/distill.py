@@ -33,7 +33,7 @@ def command() -> None:
 @click.option("--samples", default=None, type=click.IntRange(min=1), help="At most so many, stratified.")
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=(1.0,), show_default=True)
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--max-length", default=128, show_default=True, help="Tokens of a text.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Tokens of a text; 128, or what it was trained with.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of samples.")
 @click.option("--row-memory", default=1000, show_default=True, help="MB for centroids of a language model.")
 @model_options
@@ -41,21 +41,22 @@ def command() -> None:
 def cmi(model: str, **given: Any) -> None:
     """Print CMI, separation, NCMI, log-likelihood, accuracy and ECE of a classifier over a data set.
 
-    DATA is a folder with one folder of images per class, a folder of IDX files as MNIST's, a folder with SPLIT.jsonl,
-    .csv, .tsv or .parquet (fields text and label) or SPLIT.safetensors (inputs and labels), one such file, or a hub
-    data set. For a causal language model DATA is text as for `calib measure`, the class of a position is its next
-    token, rare tokens share centroids, and the CMI is an upper bound.
+    DATA is a folder with one folder of images or .wav files per class, a folder of IDX files as MNIST's, a folder with
+    SPLIT.jsonl, .csv, .tsv or .parquet (fields text, image or audio, and label) or SPLIT.safetensors (inputs and
+    labels), one such file, or a hub data set. For a causal language model DATA is text as for `calib measure`, the
+    class of a position is its next token, rare tokens share centroids, and the CMI is an upper bound.
     """
     from dataclasses import replace
 
-    from calib.distill.classifier import classifier_of, is_network, load_network
+    from calib.distill.classifier import classifier_of
     from calib.distill.cmi import measure_information
     from calib.distill.data import read_records, stratified_share
+    from calib.distill.folders import is_kept, load_kept
     from calib.models import open_model
     from calib.report.distill import print_information
 
-    if is_network(model):
-        classifier = load_network(Path(model), given["device"])
+    if is_kept(model):
+        classifier = load_kept(Path(model), given["device"])
     else:
         names = ("revision", "task", "dtype", "device", "trust_remote_code")
         opened = open_model(model, **{name: given[name] for name in names})
@@ -67,7 +68,7 @@ def cmi(model: str, **given: Any) -> None:
     samples = given["samples"]
     if samples is not None and samples < len(records):
         records = records.select(stratified_share(records.labels, samples / len(records), given["seed"]))
-    classifier = replace(classifier, max_length=given["max_length"])
+    classifier = replace(classifier, max_length=given["max_length"] or classifier.max_length)
     loader = classifier.loader(classifier.dataset(records), batch_size=given["batch_size"])
     found = measure_information(classifier.model, loader, task=classifier.task, temperatures=given["temperatures"])
     name = f"{given['data']} ({given['split']})"
@@ -80,7 +81,7 @@ def _language_cmi(opened: OpenedModel, model: str, given: dict[str, Any]) -> Non
     from calib.report.distill import print_information
 
     data, temperatures = given["data"], given["temperatures"]
-    size = {"samples": given["samples"] or 128, "max_length": given["max_length"], "seed": given["seed"]}
+    size = {"samples": given["samples"] or 128, "max_length": given["max_length"] or 128, "seed": given["seed"]}
     found, grouping = language_information(
         opened.model,
         build_blocks([data], opened.tokenizer, **size),
@@ -107,9 +108,9 @@ def run(
 ) -> None:
     """Train or open a teacher, fine-tune it to MCMI beside its control, train students, and compare.
 
-    Writes report.json, README.md (a model card), log.csv and curves.png (losses), the teachers of the first seed and,
-    for images, a picture of where they look. Checkpoints are kept beside OUTPUT until the run is complete: after a kill
-    --resume comes to the same result. Several GPUs: accelerate launch -m calib distill run ...
+    Writes report.json, README.md (a model card), log.csv and curves.png (losses), teachers and students of the first
+    seed and, for images, a picture of where teachers look. Checkpoints are kept beside OUTPUT until the run is
+    complete: after a kill --resume comes to the same result. Several GPUs: accelerate launch -m calib distill run ...
     """
     from calib.distill.ranks import Ranks
     from calib.distill.run import run_recipe
@@ -180,7 +181,9 @@ def _picture_and_card(report: DistillReport, folder: Path) -> None:
     from calib.report.distill_card import write_card
 
     try:
-        draw_curves(read_log(folder / FILE), folder / "curves.png")
+        left_out = draw_curves(read_log(folder / FILE), folder / "curves.png")
+        if left_out:
+            click.echo(f"curves.png: no room for {len(left_out)} kinds of training; {FILE} has them all", err=True)
     except (UsageError, ArtifactError) as error:
         click.echo(f"no picture of the learning curves: {error}", err=True)
     write_card(report, folder)

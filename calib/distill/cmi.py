@@ -41,6 +41,7 @@ def measure_information(
 
     Raises:
         UsageError: the loader is empty, or logits and labels do not fit.
+        ModelError: the model cannot read a batch, or answers with NaN or infinity.
     """
     reader: Task = task or ClassificationTask()
     found: list[ClassInformation] = []

@@ -21,7 +21,7 @@ from calib.distill.quantized import PeakTerm, QuantizationAware
 from calib.distill.ranks import Ranks
 from calib.distill.task import Task
 from calib.distill.training_state import loop_state, restore_loop, same_training, time_left
-from calib.errors import UsageError
+from calib.errors import ModelError
 from calib.models.evaluating import evaluating
 
 if TYPE_CHECKING:
@@ -156,8 +156,9 @@ class Distillation:
                 self._save(finished=False)
         if not self._healthy():
             self.sides.student.load_state_dict(healthy)
-            kept = "" if self.checkpoint is None else f", the last good checkpoint is {self.checkpoint.path.name}"
-            raise UsageError(
+            there = self.checkpoint is not None and self.checkpoint.path.exists()
+            kept = f", the last good checkpoint is {self.checkpoint.path}" if there and self.checkpoint else ""
+            raise ModelError(
                 f"{self.name}: the loss became {float(self.sums[0])} in epoch {self.epoch + 1}; the weights before it "
                 f"are back{kept}; lower the learning rate or the weight b"
             )

@@ -9,12 +9,16 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from calib.errors import UsageError
+from calib.errors import ModelError, UsageError
 
-__all__ = ["ClassInformation", "InformationSummary"]
+__all__ = ["ClassInformation", "InformationSummary", "NonFiniteLogits"]
 
 ECE_BINS = 15
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of float64 at a time: a language model has 50 k outputs per token
+
+
+class NonFiniteLogits(ModelError):  # noqa: N818 - names what was found
+    """A model answered with NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class ClassInformation:
             labels: int64 `[n]`, 0 <= label < C.
 
         Raises:
-            UsageError: a label or the number of outputs does not fit, or a logit is NaN or infinite.
+            UsageError: a label or the number of outputs does not fit.
+            NonFiniteLogits: a logit is NaN or infinite.
         """
         if logits.dim() != 2 or logits.shape[1] != self.classes or labels.shape != logits.shape[:1]:
             raise UsageError(
@@ -121,9 +126,12 @@ class ClassInformation:
         if not len(labels):
             return
         if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
-            raise UsageError(f"labels {int(labels.min())}..{int(labels.max())}: the model has {self.classes} classes")
+            raise UsageError(
+                f"labels {int(labels.min())}..{int(labels.max())}: the model has {self.classes} classes; "
+                "pass the data set it was trained for, -100 is for language models"
+            )
         if not bool(torch.isfinite(logits).all()):
-            raise UsageError("logits: NaN or infinite; check the model, its dtype and its inputs")
+            raise NonFiniteLogits("logits: NaN or infinite; check the model, its dtype and its inputs")
         log_p = torch.log_softmax(logits / self.temperature, dim=1)
         p = log_p.exp()
         groups = labels if self.row_of_label is None else self.row_of_label[labels]

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from calib import __version__
 from calib.distill.centroids import ClassBalancedBatches
 from calib.distill.checkpoint import Checkpoint
-from calib.distill.classifier import Classifier, keep_model
+from calib.distill.classifier import Classifier, collation
 from calib.distill.cmi import measure_information
-from calib.distill.data import Records, collate_texts
+from calib.distill.data import Records, spread_over_classes
 from calib.distill.distillation import EpochRecord
+from calib.distill.folders import keep_model
 from calib.distill.gains import paired_gains
 from calib.distill.grouping import RowGrouping, frequent_rows
 from calib.distill.language import next_token_counts
@@ -35,6 +36,7 @@ from calib.distill.protocols import (
 )
 from calib.distill.protocols.eigencam import save_cams
 from calib.distill.ranks import Ranks
+from calib.distill.rehearsal import rehearse
 from calib.distill.student import train_student
 from calib.distill.student_rows import StudentTrainer, student_settings
 from calib.distill.sweep import sweep_strength
@@ -49,7 +51,7 @@ __all__ = ["run_recipe"]
 
 Progress = Callable[[str], None]
 TeacherName = Literal["mll", "control", "mcmi"]
-_CAM_IMAGES = 8
+_CAM_IMAGES = 256
 
 
 def run_recipe(
@@ -81,6 +83,8 @@ def run_recipe(
     ranks = Ranks(cpu=device == "cpu" or not torch.cuda.is_available())
     silent: Progress = lambda line: None  # noqa: E731
     run = _Run(recipe, folder, device, (progress if ranks.main else None) or silent, read_data(recipe), ranks, work)
+    run.conditions(recipe.seeds[0])  # refuses what it must before anything is trained
+    rehearse(recipe, run.data, device)
     for seed in recipe.seeds:
         run.seed(seed)
     report = DistillReport(
@@ -94,6 +98,7 @@ def run_recipe(
             "validation": len(run.data.validation),
             "test": len(run.data.test),
         },
+        class_names=list(run.data.train.class_names),
         teachers=run.teachers,
         students=run.students,
         gains=paired_gains(run.students),
@@ -146,12 +151,12 @@ class _Run:
         trainer = StudentTrainer(
             self.recipe, self.data, seed, self.device, self.kept, self.work, self.ranks, self.log, self.progress
         )
-        for condition, omitted in self._conditions(seed):
-            self.students += trainer.students(FrameworkRecipe(name="ce"), "none", None, condition, omitted)
+        for condition in self.conditions(seed):
+            self.students += trainer.students(FrameworkRecipe(name="ce"), "none", None, condition)
             for framework in self.recipe.student.frameworks:
                 for name, teacher in found.items():
                     if framework.name != "ce":
-                        self.students += trainer.students(framework, name, teacher, condition, omitted)
+                        self.students += trainer.students(framework, name, teacher, condition)
 
     def _teachers(self, seed: int) -> dict[TeacherName, Classifier]:
         recipe = self.recipe
@@ -161,7 +166,7 @@ class _Run:
             memory = recipe.mcmi.row_memory * 1_000_000 // max(1, len(recipe.temperatures))
             counts = next_token_counts(self.data.train, mll.classes)
             self.grouping = frequent_rows(counts, memory_bytes=memory)
-        if recipe.teacher.model is None:
+        if recipe.teacher.trained_here:
             training = recipe.teacher.training
             train_student(
                 mll.model,
@@ -210,8 +215,8 @@ class _Run:
             sampler = ClassBalancedBatches(
                 self.data.train.labels, seed=seed, classes_per_batch=plan.batch_size // 8 or 1
             )
-            collate = collate_texts if start.kind == "text" else None
-            options["balanced"] = DataLoader(start.dataset(self.data.train), batch_sampler=sampler, collate_fn=collate)
+            samples = start.dataset(self.data.train)
+            options["balanced"] = DataLoader(samples, batch_sampler=sampler, collate_fn=collation(samples))
         validation = start.batches(self.data.validation, plan.batch_size)
         if len(plan.strengths) > 1:
             swept = sweep_strength(start.model, train, validation, plan.strengths, settings, **options)
@@ -252,26 +257,28 @@ class _Run:
         )
         self.teachers.append(row)
 
-    def _conditions(self, seed: int) -> list[tuple[Condition, tuple[int, ...]]]:
+    def conditions(self, seed: int) -> list[Condition]:
+        """What students get to see."""
         plan, train = self.recipe.protocol, self.data.train
         if plan.kind == "few-shot":
-            return [(condition, ()) for condition in few_shot_conditions(train, plan.shares, seed)]
-        if plan.kind == "zero-shot":
-            found = []
-            for classes in plan.omitted:
-                kept, numbers = without_classes(train, classes)
-                name = "without " + ", ".join(train.class_names[number] for number in numbers)
-                found.append((Condition(name, kept, _per_class(kept)), numbers))
-            return found
-        return [(Condition("full", train, _per_class(train)), ())]
+            return few_shot_conditions(train, plan.shares, seed)
+        if plan.kind == "full":
+            return [Condition("full", train)]
+        found = []
+        for classes in plan.omitted:
+            kept, numbers = without_classes(train, classes)
+            name = "without " + ", ".join(train.class_names[number] for number in numbers)
+            found.append(Condition(name, kept, numbers))
+        return found
 
     def _keep(self, found: dict[TeacherName, Classifier]) -> None:
         for name, classifier in found.items():
-            keep_model(self.folder / f"teacher-{name}", classifier, self.recipe.teacher.network)
+            keep_model(self.folder / f"teacher-{name}", classifier)
         first = next(iter(found.values()))
         if first.kind != "image":
             return
-        batch = next(iter(first.batches(self.data.test, _CAM_IMAGES)))
+        test = self.data.test
+        batch = next(iter(first.batches(test.select(spread_over_classes(test.labels, _CAM_IMAGES)), _CAM_IMAGES)))
         try:
             maps = compare_cams({name: one.model for name, one in found.items()}, batch, first.task)
             save_cams(self.folder / "eigen_cam.png", batch[0], maps)
@@ -279,7 +286,3 @@ class _Run:
             self.progress(f"no Eigen-CAM maps: {error}")
             return
         self.covered_area = maps.area
-
-
-def _per_class(records: Records) -> int:
-    return min(records.labels.count(label) for label in set(records.labels))

@@ -23,7 +23,7 @@ from calib.errors import UsageError
 from calib.models.evaluating import evaluating
 from calib.quantized import QuantizationPlan
 
-__all__ = ["StudentRun", "StudentSettings", "train_student"]
+__all__ = ["StudentRun", "StudentSettings", "fitted_sides", "train_student"]
 
 Progress = Callable[[str], None]
 
@@ -101,8 +101,9 @@ def train_student(
         log: called with the name and the record of each epoch.
 
     Raises:
-        UsageError: no teacher, an empty loader, a model without what the framework needs, or a loss that is not finite;
-            the student then has the weights of the last epoch that was healthy.
+        UsageError: no teacher, an empty loader, or a model without what the framework needs.
+        ModelError: a model cannot read a batch, or the loss is not finite; the student then has the weights of the last
+            epoch that was healthy.
         ArtifactError: the checkpoint is damaged, or of another training.
     """
     settings, reader = settings or StudentSettings(), task or ClassificationTask()
@@ -113,21 +114,10 @@ def train_student(
         first = next(iter(train), None)
         if first is None:
             raise UsageError("student: no training batch; check the data and the selection")
-        source = teacher or student
-        cls = FRAMEWORKS.get(framework)
-        wanted = cls is None or cls.needs_maps or cls.needs_embedding
-        points = [
-            (given or find_features(model, reader, first)) if wanted else None
-            for model, given in ((student, student_points), (source, teacher_points))
-        ]
-        views = []
-        with torch.no_grad():
-            for model, where in zip((student, source), points, strict=True):
-                with evaluating(model):
-                    views.append(look(model, reader, first, where))
         count = samples if samples is not None else len(getattr(train, "dataset", ()))
-        loss = make_framework(framework, views[0], views[1], count, **(weights or {}))
-        loss.to(views[0].logits.device)
+        sides = fitted_sides(
+            student, teacher, first, framework, reader, count, weights, student_points, teacher_points, transform
+        )
         aware = None
         if settings.quantization is not None:
 
@@ -137,12 +127,12 @@ def train_student(
 
             aware = QuantizationAware(student, settings.quantization, once)
         distillation = Distillation(
-            Sides(student, teacher, loss, reader, points[0], points[1], transform),
+            sides,
             train,
             settings,
             aware=aware,
             peaks=None if settings.peaks is None else PeakTerm(student, settings.peaks),
-            ranks=ranks or Ranks(cpu=views[0].logits.device.type == "cpu"),
+            ranks=ranks or Ranks(cpu=next(student.parameters()).device.type == "cpu"),
             checkpoint=checkpoint,
             name=name or f"student by {framework}",
             framework=framework,
@@ -150,3 +140,38 @@ def train_student(
         history = distillation.run(progress or (lambda line: None), log or (lambda name, record: None))
         plan = None if aware is None else aware.learned_plan()
         return StudentRun(framework, history[-1].steps, history[-1].loss, tuple(history), plan)
+
+
+def fitted_sides(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Any,
+    framework: str,
+    task: Task,
+    samples: int,
+    weights: dict[str, float | None] | None = None,
+    student_points: FeaturePoints | None = None,
+    teacher_points: FeaturePoints | None = None,
+    transform: Callable[[Any], Any] | None = None,
+) -> Sides:
+    """Student, teacher and a framework made for their shapes, which one batch tells; see `train_student`.
+
+    Raises:
+        UsageError: an unknown framework, or a model without what it needs.
+        ModelError: a model cannot read the batch.
+    """
+    source = teacher or student
+    cls = FRAMEWORKS.get(framework)
+    wanted = cls is None or cls.needs_maps or cls.needs_embedding
+    points = [
+        (given or find_features(model, task, batch)) if wanted else None
+        for model, given in ((student, student_points), (source, teacher_points))
+    ]
+    views = []
+    with torch.no_grad():
+        for model, where in zip((student, source), points, strict=True):
+            with evaluating(model):
+                views.append(look(model, task, batch, where))
+    loss = make_framework(framework, views[0], views[1], samples, **(weights or {}))
+    loss.to(views[0].logits.device)
+    return Sides(student, teacher, loss, task, points[0], points[1], transform)

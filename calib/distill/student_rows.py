@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,25 +12,28 @@ import torch
 from pydantic import ValidationError
 
 from calib.distill.checkpoint import Checkpoint
-from calib.distill.classifier import Classifier, keep_model
+from calib.distill.classifier import Classifier
 from calib.distill.cmi import measure_information
 from calib.distill.data import stratified_share
 from calib.distill.distillation import EpochRecord
+from calib.distill.folders import keep_model
 from calib.distill.prepare import RecipeData, make_classifier, optimiser_settings
 from calib.distill.protocols import Condition, shifted_and_flipped, zero_shot_result
 from calib.distill.quantized import FakeQuantization, PeakControl
 from calib.distill.ranks import Ranks
 from calib.distill.student import StudentRun, StudentSettings, train_student
-from calib.errors import ArtifactError, UsageError
+from calib.errors import ArtifactError
 from calib.scales.file import save_scales
 from calib.schema.distill import (
     Deployment,
     DistillRecipe,
     FrameworkRecipe,
+    Latency,
     QuantizationRecipe,
     StudentRow,
     TrainingRecipe,
 )
+from calib.schema.scales import ScaleFile
 
 __all__ = ["StudentTrainer", "student_settings"]
 
@@ -47,7 +50,7 @@ class StudentTrainer:
         data: its data.
         seed: of weights and order.
         device: auto, cpu or cuda.
-        kept: folder for students that are worth keeping: of the first seed those for quantization and language models.
+        kept: folder for the students of the first seed.
         work: folder for checkpoints and finished rows, if any.
         ranks: processes that share each batch.
         log: gets each epoch.
@@ -63,6 +66,7 @@ class StudentTrainer:
     ranks: Ranks
     log: Callable[[str, EpochRecord], None]
     progress: Callable[[str], None]
+    latencies: dict[bool, tuple[Latency | None, str | None]] = field(default_factory=dict, init=False)
 
     def students(
         self,
@@ -70,7 +74,6 @@ class StudentTrainer:
         teacher_name: TeacherOfRow,
         teacher: Classifier | None,
         condition: Condition,
-        omitted: tuple[int, ...],
     ) -> list[StudentRow]:
         """The rows of one framework, teacher and condition.
 
@@ -79,12 +82,11 @@ class StudentTrainer:
             teacher_name: in rows.
             teacher: None for no teacher.
             condition: what the student gets to see.
-            omitted: classes that it never sees.
         """
         plan = self.recipe.student.quantization
         variants: list[Variant] = ["plain"] if plan is None or plan.plain else []
         variants += ["friendly"] if plan is not None else []
-        return [self._row(framework, teacher_name, teacher, condition, omitted, variant) for variant in variants]
+        return [self._row(framework, teacher_name, teacher, condition, variant) for variant in variants]
 
     def _row(
         self,
@@ -92,7 +94,6 @@ class StudentTrainer:
         teacher_name: TeacherOfRow,
         teacher: Classifier | None,
         condition: Condition,
-        omitted: tuple[int, ...],
         variant: Variant,
     ) -> StudentRow:
         file = "-".join([str(self.seed), condition.name, framework.name, teacher_name, variant])
@@ -106,8 +107,6 @@ class StudentTrainer:
             name += f", {variant}"
         self.progress(name)
         student = make_classifier(self.recipe.student, self.recipe, self.data, self.seed, self.device)
-        if teacher is not None:
-            check_inputs(student, teacher)
         training = self.recipe.student.training
         checkpoint = None if self.work is None else Checkpoint(self.work / f"student-{file}.safetensors")
         quantization = self.recipe.student.quantization if variant == "friendly" else None
@@ -118,7 +117,7 @@ class StudentTrainer:
             framework.name,
             student_settings(training, self.seed, len(self.data.train), quantization),
             task=student.task,
-            weights=framework.model_dump(include={"cross_entropy", "soft_targets", "feature", "temperature"}),
+            weights=framework.weights,
             transform=shifted_and_flipped if training.augment else None,
             progress=self.progress,
             checkpoint=checkpoint,
@@ -126,9 +125,8 @@ class StudentTrainer:
             name=name,
             log=self.log,
         )
-        worth_keeping = variant == "friendly" or student.kind == "language"
-        if worth_keeping and self.seed == self.recipe.seeds[0] and self.ranks.main:
-            keep_model(self.kept / f"student-{file}", student, self.recipe.student.network)
+        if self.seed == self.recipe.seeds[0] and self.ranks.main:
+            keep_model(self.kept / f"student-{file}", student)
         row = StudentRow(
             seed=self.seed,
             teacher=teacher_name,
@@ -138,8 +136,8 @@ class StudentTrainer:
             samples=len(condition.records),
             samples_per_class=condition.per_class,
             steps=run.steps,
-            **self._judged(student, omitted),
-            deployment=self._deployment(student, condition, run, file, variant),
+            **self._judged(student, condition.omitted),
+            deployment=self._deployment(student, teacher, condition, run, file),
         )
         if row_path is not None and self.ranks.main:
             row_path.write_text(row.model_dump_json() + "\n", encoding="utf-8")
@@ -168,13 +166,12 @@ class StudentTrainer:
         }
 
     def _deployment(
-        self, student: Classifier, condition: Condition, run: StudentRun, file: str, variant: Variant
+        self, student: Classifier, teacher: Classifier | None, condition: Condition, run: StudentRun, file: str
     ) -> Deployment | None:
         plan = self.recipe.student.quantization
         if plan is None:
             return None
         from calib.distill.quantized.deployment import deploy
-        from calib.distill.quantized.latency import latency_or_reason, onnx_student
 
         records = condition.records
         if plan.calibration < len(records):
@@ -182,16 +179,23 @@ class StudentTrainer:
             records = records.select(stratified_share(records.labels, share, self.seed))
         calibration, test = student.batches(records), student.batches(self.data.test)
         deployed = deploy(student.model, student.task, calibration, test, name=student.name, learned=run.plan)
-        feed = None
-        if student.kind != "image":
-            batch = next(iter(calibration))
-            feed = {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
-        opened = onnx_student(student.model, deployed.scales.model)
-        latency, reason = latency_or_reason(opened, deployed.scales, feed)
+        latency, reason = self._latency(student, teacher, deployed.scales, next(iter(calibration)))
         folder = self.kept / f"student-{file}"
         if folder.exists() and self.ranks.main:
             save_scales(deployed.scales, folder)
         return deployed.record.model_copy(update={"latency": latency, "no_latency": reason})
+
+    def _latency(
+        self, student: Classifier, teacher: Classifier | None, scales: ScaleFile, batch: Any
+    ) -> tuple[Latency | None, str | None]:
+        """Measured once with a teacher and once without: the graphs of all students of a run are alike."""
+        from calib.distill.quantized.latency import first_input, latency_or_reason
+
+        key = teacher is not None
+        if key not in self.latencies:
+            model = None if teacher is None else teacher.model
+            self.latencies[key] = latency_or_reason(student.model, scales, first_input(batch), model)
+        return self.latencies[key]
 
 
 def student_settings(
@@ -216,26 +220,6 @@ def student_settings(
         quantization=None if fake is None else FakeQuantization(**fake.model_dump()),
         peaks=None if peaks is None else PeakControl(peaks.term, peaks.share, tuple(peaks.sites)),
     )
-
-
-def check_inputs(student: Classifier, teacher: Classifier) -> None:
-    """Refuses a pair that cannot read one batch.
-
-    Raises:
-        UsageError: other images, or another vocabulary.
-    """
-    if student.image != teacher.image:
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: expect other images; "
-            "set data.image to what the teacher takes"
-        )
-    vocabularies: list[Any] = [
-        None if one.tokenizer is None else one.tokenizer.get_vocab() for one in (student, teacher)
-    ]
-    if vocabularies[0] != vocabularies[1]:
-        raise UsageError(
-            f"student {student.name} and teacher {teacher.name}: have other vocabularies; choose a pair with one"
-        )
 
 
 def _read_row(path: Path) -> StudentRow:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from calib.errors import UsageError
+from calib.errors import ModelError, UsageError
 from calib.models.device import input_device
+from calib.models.reason import reason
 
 __all__ = ["IGNORED", "CausalLanguageTask", "ClassificationTask", "Decisions", "Task", "TokenTask", "split_batch"]
 
@@ -114,7 +115,16 @@ def split_batch(
 
 
 def _logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-    output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    try:
+        output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        # whatever a forward pass raises at inputs of another shape or kind, or for want of memory
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ModelError(f"{type(model).__name__}: out of memory ({reason(error)}); lower batch_size") from error
+        raise ModelError(
+            f"{type(model).__name__}: cannot read a batch ({reason(error)}); "
+            "pass what it was made for, see data.image in a recipe"
+        ) from error
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise UsageError(f"{type(model).__name__}: its output has no logits; open it with the task it was trained for")

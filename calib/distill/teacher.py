@@ -20,7 +20,7 @@ from calib.distill.checkpoint import Checkpoint
 from calib.distill.cmi import measure_information
 from calib.distill.grouping import RowGrouping
 from calib.distill.guard import CollapseGuard, GuardLimits
-from calib.distill.information import ClassInformation, InformationSummary
+from calib.distill.information import ClassInformation, InformationSummary, NonFiniteLogits
 from calib.distill.mcmi import check_strength, mcmi_loss
 from calib.distill.optimiser import TrainingSettings, make_optimiser
 from calib.distill.ranks import Ranks
@@ -241,10 +241,12 @@ class _Tuning:
                 break
             if self.checkpoint is not None and self.checkpoint.due():
                 self._save(finished=False)
-        # a step that went wrong may have left NaN behind, which a pass refuses
         if self.stopped is None:
-            information = self._measured(self.train)
-            self.stopped = guard.epoch(information.summary())
+            try:
+                information = self._measured(self.train)
+                self.stopped = guard.epoch(information.summary())
+            except NonFiniteLogits:  # left behind by the last step, after its loss was looked at
+                self.stopped = "the weights became NaN or infinite; lower the learning rate or lambda"
         self.epoch += 1
         if self.stopped is not None:
             self.model.load_state_dict(self.healthy)

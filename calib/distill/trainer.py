@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from calib.distill.centroids import MovingCentroids
 from calib.distill.cmi import measure_information
 from calib.distill.guard import CollapseGuard, GuardLimits
-from calib.distill.information import InformationSummary
+from calib.distill.information import InformationSummary, NonFiniteLogits
 from calib.distill.mcmi import check_strength, mcmi_loss
 from calib.distill.task import ClassificationTask, Task
 from calib.models.device import input_device
@@ -93,7 +93,12 @@ class CentroidRefresh(TrainerCallback):
 
     def _refresh(self, model: nn.Module) -> str | None:
         loader = self.trainer.get_eval_dataloader(self.trainer.train_dataset)
-        information = measure_information(model, loader, task=self.trainer.task)[0]
+        try:
+            information = measure_information(model, loader, task=self.trainer.task)[0]
+        except NonFiniteLogits:
+            if self.guard is None:
+                raise
+            return "the weights became NaN or infinite; lower the learning rate or lambda"
         summary = information.summary()
         self.history.append(summary)
         self.trainer.centroids.set(information, input_device(model))

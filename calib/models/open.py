@@ -19,6 +19,7 @@ from torch import nn
 from calib.errors import ModelError, UsageError
 from calib.models.checkpoint import Checkpoint, read_checkpoint, read_headers
 from calib.models.checks import check_code, check_finite, check_missing, check_sizes, check_vocabulary
+from calib.models.device import choose_device
 from calib.models.memory import check_memory
 from calib.models.packed import is_packed, unpacked_state
 from calib.models.provenance import checkpoint_provenance
@@ -91,7 +92,7 @@ def open_model(
         ModelError: the model is missing, damaged, does not fit into memory, needs code that is not trusted, has
             weights that are NaN or infinite or missing, or a tokenizer that does not belong to it.
     """
-    target_dtype, target_device = _dtype(dtype), _device(device)
+    target_dtype, target_device = _dtype(dtype), choose_device(device)
     task = None if task is None else check_task(task)
     name = str(reference)
     source = locate(name, revision=revision, with_code=trust_remote_code)
@@ -122,21 +123,6 @@ def _dtype(dtype: str) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: not supported; choose auto, float32, bfloat16 or float16")
     return DTYPES[dtype]
-
-
-def _device(device: str) -> str:
-    """Resolve `auto` and refuse what is not there, before anything is downloaded."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda:0" if count else "cpu"
-    kind, _, index = device.partition(":")
-    if device == "cpu":
-        return device
-    if device not in {"cuda", "balanced"} and not (kind == "cuda" and index.isdigit()):
-        raise UsageError(f"device {device!r}: unknown; choose auto, cpu, cuda, cuda:N or balanced")
-    if int(index or 0) >= count:
-        raise UsageError(f"device {device}: PyTorch sees {count} CUDA devices; pass --device cpu or another index")
-    return "cuda:0" if device == "cuda" else device
 
 
 def _load(

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_curves"]
 
+Point = tuple[float, float]
+
 # Okabe & Ito: eight colours that colour-blind readers tell apart, without the yellow that paper swallows
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SCALE = 2  # drawn twice as large and reduced: lines without steps
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LEGEND = 960, 460, 70, 40, 50, 20
+_DASH = 12
 _MOST = 14  # lines that a legend can name
 
 
@@ -86,7 +90,7 @@ class _Drawing:
             if len(points) > 1 and number < len(_COLOURS):
                 self.draw.line(points, fill=colour, width=3, joint="curve")
             elif len(points) > 1:  # the second round of colours is dashed
-                for dash in zip(points[::2], points[1::2], strict=False):
+                for dash in _dashes(points):
                     self.draw.line(dash, fill=colour, width=3)
             x, y = points[-1]
             self.draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
@@ -121,6 +125,14 @@ class _Drawing:
     def _y(self, logarithm: float) -> float:
         share = (logarithm - self.low) / (self.high - self.low)
         return (_HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * share) * _SCALE
+
+
+def _dashes(points: Sequence[Point]) -> Iterator[tuple[Point, Point]]:
+    """Pieces of a line, one _DASH long and one _DASH apart."""
+    for (x, y), (right, low) in pairwise(points):
+        pieces = max(1, round(math.hypot(right - x, low - y) / _DASH) | 1)  # odd: the line begins and ends with a dash
+        at = [(x + (right - x) * n / pieces, y + (low - y) * n / pieces) for n in range(pieces + 1)]
+        yield from zip(at[::2], at[1::2], strict=True)
 
 
 def _ticks(low: float, high: float) -> list[float]:

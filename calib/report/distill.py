@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from calib.distill.information import InformationSummary
     from calib.schema.distill import DistillReport, StudentRow
 
-__all__ = ["by_seed", "deployment_cells", "print_information", "print_report", "student_label"]
+__all__ = ["by_seed", "deployment_cells", "print_information", "print_report", "student_label", "temperature_curves"]
 
-_WIDTH = 140
+_WIDTH = 160
 
 
 def print_information(name: str, data: str, found: Sequence[InformationSummary], *, as_json: bool) -> None:
@@ -32,7 +32,8 @@ def print_information(name: str, data: str, found: Sequence[InformationSummary],
     first = found[0]
     absent = f", {first.absent_classes} of them without a sample" if first.absent_classes else ""
     console.print(
-        f"[bold]{escape(name)}[/] on {escape(data)}: {first.samples:,} samples, {first.classes} classes{absent}"
+        f"[bold]{escape(name)}[/] on {escape(data)}: {first.samples:,} samples, {first.classes} classes{absent}",
+        soft_wrap=True,
     )
     table = Table()
     for column in ("T", "CMI", "separation", "NCMI", "log-likelihood", "accuracy", "ECE"):
@@ -66,6 +67,8 @@ def print_report(report: DistillReport) -> None:
         ]
         table.add_row(name, ", ".join(f"{s:g}" for s in strengths), *cells)
     console.print(table)
+    for teacher, curve in temperature_curves(report).items():
+        console.print(f"CMI of {teacher}, training data: " + ", ".join(f"{cmi:.4f} at T {t:g}" for t, cmi in curve))
     zero_shot = report.recipe.protocol.kind == "zero-shot"
     language = report.recipe.task == "text-generation"
     columns = [
@@ -111,6 +114,18 @@ def mean_perplexity(rows: Sequence[StudentRow]) -> float:
     return math.exp(-sum(row.log_likelihood or 0.0 for row in rows) / len(rows))
 
 
+def temperature_curves(report: DistillReport) -> dict[str, list[tuple[float, float]]]:
+    """Teacher -> (temperature, CMI over the training data, mean over seeds); empty where the recipe asks for one T."""
+    if len(report.recipe.temperatures) < 2:
+        return {}
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in report.teachers:
+        for point in row.temperatures:
+            temperature, cmi = point["temperature"] or 0.0, point["cmi"] or 0.0
+            found.setdefault(row.teacher, {}).setdefault(temperature, []).append(cmi)
+    return {name: [(t, sum(cmi) / len(cmi)) for t, cmi in curve.items()] for name, curve in found.items()}
+
+
 def by_seed(students: Sequence[StudentRow]) -> list[list[StudentRow]]:
     """Rows that differ in their seed only, in order."""
     groups: dict[tuple[str, ...], list[StudentRow]] = {}
@@ -141,9 +156,12 @@ def deployment_cells(rows: Sequence[StudentRow]) -> dict[str, str]:
         "INT4 weights": accuracy(4, "measured"),
         "as trained": accuracy(None, "learned"),
         "MB: float, INT8, INT4": ", ".join(f"{size / 1e6:.2f}" for size in sizes),
-        "ms: float, INT8": ", ".join(
-            _mean([getattr(one, key) for one in latencies], 2) for key in ("float_ms", "int8_ms") if latencies
+        "ms: teacher, float, INT8": ", ".join(
+            _mean([getattr(one, key) for one in latencies], 2) or "-"
+            for key in ("teacher_ms", "float_ms", "int8_ms")
+            if latencies
         ),
+        "in integers": f"{latencies[0].integer_layers} of {latencies[0].layers}" if latencies else "",
     }
 
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calib.report.distill import by_seed, deployment_cells, mean_perplexity, student_label
+from calib.report.distill import by_seed, deployment_cells, mean_perplexity, student_label, temperature_curves
 
 if TYPE_CHECKING:
-    from calib.schema.distill import DistillReport, ModelRecipe
+    from calib.schema.distill import DistillReport, ModelRecipe, StudentRow
 
 __all__ = ["write_card"]
+
+_LARGEST_TABLE = 20
+"""Classes of a confusion matrix that a page shows; `report.json` has every one."""
 
 
 def write_card(report: DistillReport, folder: Path) -> Path:
@@ -67,6 +70,9 @@ def _lines(report: DistillReport, folder: Path) -> Iterator[str]:
 def _source(model: ModelRecipe) -> str:
     if model.network is not None:
         return f"`{model.network}` with fresh weights"
+    if model.fresh is not None:
+        changes = ", ".join(f"{name} {value}" for name, value in model.fresh.items()) or "unchanged"
+        return f"the configuration of `{model.encoder or model.model}` ({changes}) with fresh weights"
     if model.encoder is not None:
         layers = "" if model.layers is None else f", its first {model.layers} layers"
         return f"`{model.encoder}`{layers}, with a fresh head"
@@ -82,26 +88,58 @@ def _teachers(report: DistillReport) -> Iterator[str]:
         accuracy = _mean([float(row.test["accuracy"] or 0) for row in rows])
         yield f"| {name} | {strengths} | {cmi:.4f} | {accuracy:.2%} |"
     yield ""
+    curves = temperature_curves(report)
+    if curves:
+        temperatures = [f"T {t:g}" for t, _ in next(iter(curves.values()))]
+        yield from (f"| CMI, training | {' | '.join(temperatures)} |", "|---|" + "---|" * len(temperatures))
+        yield from (f"| {name} | {' | '.join(f'{cmi:.4f}' for _, cmi in curve)} |" for name, curve in curves.items())
+        yield ""
 
 
 def _students(report: DistillReport) -> Iterator[str]:
     several = len({row.variant for row in report.students}) > 1
-    language = any(row.log_likelihood is not None for row in report.students)
-    more, line = (" perplexity, test |", "---|") if language else ("", "")
-    yield from ("## Students", "", f"| condition | samples | by | accuracy, test |{more}", f"|---|---|---|---|{line}")
-    for rows in by_seed(report.students):
+    groups = by_seed(report.students)
+    columns = ["condition", "samples", "by", "accuracy, test", *_more(groups[0])]
+    yield from ("## Students", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
+    for rows in groups:
         first = rows[0]
         by = student_label(first, variant=several)
-        accuracy = _mean([row.accuracy for row in rows])
-        last = f" {mean_perplexity(rows):.2f} |" if language else ""
-        yield f"| {first.condition} | {first.samples} | {by} | {accuracy:.2%} |{last}"
+        accuracy = f"{_mean([row.accuracy for row in rows]):.2%}"
+        yield f"| {' | '.join([first.condition, str(first.samples), by, accuracy, *_more(rows).values()])} |"
+    what = "accuracy" if groups[0][0].omitted_recall is None else "recall of omitted classes"
     for gain in report.gains:
         spread = "" if gain.standard_error is None else f" ± {gain.standard_error:.4f} (s.e.)"
         yield from (
             "",
-            f"{gain.condition}, {gain.framework}: the MCMI teacher's student against {gain.against} "
+            f"{gain.condition}, {gain.framework}: {what} by the MCMI teacher against {gain.against} "
             f"{gain.mean:+.4f}{spread}, better in {gain.wins} of {gain.seeds} seeds.",
         )
+    confusing = [rows for rows in groups if rows[0].confusion is not None and rows[0].teacher in ("none", "mcmi")]
+    for rows in confusing:
+        yield from _confusion(rows, student_label(rows[0], variant=several), report.class_names)
+
+
+def _more(rows: Sequence[StudentRow]) -> dict[str, str]:
+    """Columns that only some tasks and protocols have."""
+    if rows[0].log_likelihood is not None:
+        return {"perplexity, test": f"{mean_perplexity(rows):.2f}"}
+    if rows[0].omitted_recall is None:
+        return {}
+    recall = _mean([row.omitted_recall or 0.0 for row in rows])
+    kept = _mean([row.kept_accuracy or 0.0 for row in rows])
+    return {"recall of omitted classes": f"{recall:.2%}", "accuracy on the others": f"{kept:.2%}"}
+
+
+def _confusion(rows: Sequence[StudentRow], by: str, names: list[str]) -> Iterator[str]:
+    """Counts over the test data, sums over seeds: a row for each true class."""
+    tables = [row.confusion for row in rows if row.confusion is not None]
+    classes = range(len(names))
+    if len(classes) > _LARGEST_TABLE:
+        return
+    yield from ("", f"{rows[0].condition}, {by}: true classes in rows, answers in columns.", "")
+    yield from (f"| | {' | '.join(names)} |", "|---|" + "---|" * len(classes))
+    for true in classes:
+        yield f"| {names[true]} | {' | '.join(str(sum(table[true][c] for table in tables)) for c in classes)} |"
 
 
 def _deployments(report: DistillReport) -> Iterator[str]:

@@ -15,6 +15,7 @@ __all__ = [
     "Deployment",
     "DistillRecipe",
     "DistillReport",
+    "EncoderFile",
     "FakeQuantizationRecipe",
     "FrameworkRecipe",
     "ImageInput",
@@ -54,7 +55,25 @@ class NetworkFile(Strict):
     network: str
     classes: int = Field(ge=2)
     class_names: list[str]
-    image: ImageInput
+    image: ImageInput | None = Field(default=None, description="None: it reads texts, its tokenizer lies beside it")
+    vocabulary: int | None = Field(default=None, ge=1, description="Tokens of a network for texts")
+    max_length: int | None = Field(default=None, ge=1, description="Most tokens of a text")
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> NetworkFile:
+        if (self.image is None) != (self.vocabulary is not None and self.max_length is not None):
+            raise ValueError("either image, or vocabulary and max_length are needed")
+        return self
+
+
+class EncoderFile(Strict):
+    """`classifier.json` beside a text encoder as transformers saves it and `head.safetensors`."""
+
+    format: Literal["calib.encoder-classifier"] = "calib.encoder-classifier"
+    version: Literal["1.0"] = "1.0"
+    classes: int = Field(ge=2)
+    class_names: list[str]
+    max_length: int = Field(ge=1, description="Tokens of a text")
 
 
 class OptimiserRecipe(Strict):
@@ -98,10 +117,14 @@ class DataRecipe(Strict):
 class ModelRecipe(Strict):
     """Where a model comes from: exactly one of network, encoder and model."""
 
-    network: str | None = Field(default=None, description="Built-in image network with fresh weights, trained here")
+    network: str | None = Field(default=None, description="Built-in network with fresh weights, trained here")
     encoder: str | None = Field(default=None, description="Text encoder that gets a fresh head, trained here")
     layers: int | None = Field(default=None, ge=1, description="Of an encoder or a language model, keep so many")
     model: str | None = Field(default=None, description="Hub id or folder of a trained classifier or language model")
+    fresh: dict[str, bool | int | float | str] | None = Field(
+        default=None,
+        description="Fresh weights for the encoder or model: its configuration with these changes, trained here",
+    )
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
 
     @model_validator(mode="after")
@@ -110,11 +133,20 @@ class ModelRecipe(Strict):
             raise ValueError("exactly one of network, encoder and model is needed")
         if self.layers is not None and self.network is not None:
             raise ValueError("layers belongs to an encoder or a language model")
+        if self.fresh is not None and self.network is not None:
+            raise ValueError("fresh belongs to an encoder or a model; the weights of a network are fresh anyway")
+        if self.fresh is not None and self.layers is not None:
+            raise ValueError("layers keeps trained layers; with fresh weights set fresh: {num_hidden_layers: ...}")
         return self
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether it has weights that know nothing yet."""
+        return self.model is None or self.fresh is not None
 
 
 class TeacherRecipe(ModelRecipe):
-    """A model trained here by log-likelihood, or a checkpoint taken as it is."""
+    """A model trained here by log-likelihood where its weights are fresh, or a checkpoint taken as it is."""
 
 
 class McmiRecipe(Strict):
@@ -145,6 +177,11 @@ class FrameworkRecipe(Strict):
     soft_targets: float | None = Field(default=None, ge=0, description="a")
     feature: float | None = Field(default=None, ge=0, description="b")
     temperature: float = Field(default=4.0, gt=0)
+
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """r, a, b and T by name; None where the framework's own is meant."""
+        return self.model_dump(include={"cross_entropy", "soft_targets", "feature", "temperature"})
 
 
 class FakeQuantizationRecipe(Strict):
@@ -209,7 +246,7 @@ class DistillRecipe(Strict):
     """The whole of a recipe for `calib distill run`."""
 
     metadata: RecipeMetadata
-    task: Literal["image-classification", "text-classification", "text-generation"]
+    task: Literal["image-classification", "text-classification", "audio-classification", "text-generation"]
     data: DataRecipe
     teacher: TeacherRecipe
     mcmi: McmiRecipe = Field(default_factory=McmiRecipe)
@@ -269,13 +306,19 @@ class QuantizedAccuracy(Strict):
 
 
 class Latency(Strict):
-    """Time of one input in ONNX Runtime, one thread: medians of alternating runs."""
+    """Time of one input in ONNX Runtime, one thread: medians of alternating runs.
 
+    Measured once a seed with a teacher and once without: the graphs of its students differ in their numbers only.
+    """
+
+    teacher_ms: float | None = Field(default=None, description="Of the teacher, in float; None without a teacher")
     float_ms: float
     int8_ms: float
     speedup: float = Field(description="Median of the ratios of neighbouring runs")
-    integer_layers: int
-    layers: int
+    integer_layers: int = Field(description="Layers that the INT8 graph multiplies in integers")
+    layers: int = Field(
+        description="Linear layers and convolutions that are judged in INT8; some stay in float in the graph"
+    )
 
 
 class Deployment(Strict):
@@ -334,6 +377,7 @@ class DistillReport(Strict):
     recipe: DistillRecipe
     versions: dict[str, str]
     data: dict[str, int | str]
+    class_names: list[str] = Field(default=[], description="In the order of the confusion matrices")
     teachers: list[TeacherRow]
     students: list[StudentRow]
     gains: list[PairedGain]

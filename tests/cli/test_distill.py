@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from calib.cli import main
-from calib.distill.classifier import Classifier, save_network
+from calib.distill.classifier import Classifier
 from calib.distill.information import ClassInformation
+from calib.distill.network_folder import save_network
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask
 from calib.schema.distill import ImageInput
@@ -54,7 +55,7 @@ def test_cmi_prints_what_the_definition_gives(vectors: Path, capsys: pytest.Capt
     record = json.loads(capsys.readouterr().out)
     from safetensors.torch import load_file
 
-    from calib.distill.classifier import load_network
+    from calib.distill.network_folder import load_network
 
     data = load_file(vectors / "test.safetensors")
     information = ClassInformation(3)
@@ -102,6 +103,10 @@ def test_run_writes_a_report_and_prints_it(vectors: Path, capsys: pytest.Capture
         "teacher-mll",
         "teacher-control",
         "teacher-mcmi",
+        "student-0-full-ce-none-plain",
+        "student-0-full-kd-mll-plain",
+        "student-0-full-kd-control-plain",
+        "student-0-full-kd-mcmi-plain",
     }
     assert run(*arguments) == 2
     assert "--overwrite" in capsys.readouterr().err

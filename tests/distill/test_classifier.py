@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from calib.distill.classifier import Classifier, load_network, open_classifier, save_network
+from calib.distill.classifier import Classifier
 from calib.distill.cmi import measure_information
 from calib.distill.data import Records
 from calib.distill.features import find_features
+from calib.distill.folders import keep_model, open_classifier
+from calib.distill.network_folder import load_network, save_network
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask
 from calib.errors import ArtifactError, UsageError
@@ -109,3 +111,19 @@ def test_an_image_classifier_without_a_known_normalisation_is_refused(image_clas
     (image_classifier / "preprocessor_config.json").write_text('{"size": 32}')
     with pytest.raises(UsageError, match=r"normalised is unknown.*image_mean"):
         open_classifier(str(image_classifier), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_classifier_of_transformers_is_kept_as_transformers_does(
+    kind: str, text_classifier: Path, image_classifier: Path, tmp_path: Path
+) -> None:
+    found = open_classifier(str(text_classifier if kind == "text" else image_classifier), device="cpu")
+    keep_model(tmp_path / "kept", found)
+    again = open_classifier(str(tmp_path / "kept"), device="cpu")
+    assert (again.kind, again.class_names, again.image) == (kind, found.class_names, found.image)
+    names = tuple(found.class_names)
+    records = images(names) if kind == "image" else Records(["the whale", "silence"], (0, 2), names, "texts")
+    batch = next(iter(found.batches(records)))
+    with torch.no_grad():
+        before, after = (one.task.decide(one.model, batch).logits for one in (found, again))
+    assert torch.equal(before, after)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.distill.classifier import open_classifier
 from calib.distill.data import Records
 from calib.distill.features import FeaturePoints, find_features, look
+from calib.distill.folders import open_classifier
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask
 from calib.errors import UsageError

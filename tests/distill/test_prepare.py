@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from calib.distill.classifier import classifier_of, open_classifier
+from calib.distill.classifier import classifier_of
+from calib.distill.folders import open_classifier
 from calib.distill.run import run_recipe
 from calib.errors import CalibError, CorpusError, UsageError
 from calib.models import open_model
@@ -95,7 +96,7 @@ def test_another_vocabulary_and_other_images_are_refused(minilm_like: Path, tiny
         teacher={"encoder": str(minilm_like), "training": training},
         student={"encoder": str(tiny_bert), "training": training, "frameworks": [{"name": "kd"}]},
     )
-    from calib.distill.student_rows import check_inputs
+    from calib.distill.rehearsal import check_inputs
 
     teacher, student = (open_encoder(folder) for folder in (minilm_like, tiny_bert))
     if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
@@ -123,3 +124,38 @@ def test_data_of_other_classes_than_a_checkpoint_are_refused(tmp_path: Path) -> 
         found.renamed({"0": 0, "other": 1})
     with pytest.raises(CalibError):
         open_classifier(str(tmp_path / "nothing"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"student": {"network": "mlp17", "frameworks": [{"name": "kd"}]}}, "network 'mlp17': unknown"),
+        ({"student": {"network": "mlp16", "frameworks": [{"name": "kdd"}]}}, "framework 'kdd': unknown"),
+        ({"student": {"network": "mlp16", "frameworks": [{"name": "vid"}]}}, "framework vid: needs feature maps"),
+        ({"student": {"network": "resnet8", "frameworks": [{"name": "kd"}]}}, "ResNet: cannot read a batch"),
+        ({"protocol": {"kind": "zero-shot", "omitted": [["zebra"]]}}, "omitted class zebra: unknown"),
+    ],
+    ids=["network", "framework", "maps", "images", "omitted"],
+)
+def test_what_cannot_be_is_refused_before_the_teacher_is_trained(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    lines: list[str] = []
+    (tmp_path / "out").mkdir()
+    plan = recipe(vectors(tmp_path, [0, 1] * 8), **changes)
+    with pytest.raises(CalibError, match=said):
+        run_recipe(plan, tmp_path / "out", device="cpu", progress=lines.append)
+    assert lines == []
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="device cuda:99"):
+        run_recipe(recipe(vectors(tmp_path, [0, 1] * 8)), tmp_path / "out", device="cuda:99")
+
+
+def test_a_split_that_is_not_there_is_told_from_those_that_are(tmp_path: Path) -> None:
+    from calib.distill.data import read_records
+
+    with pytest.raises(CorpusError, match="no split dev; there is test, train"):
+        read_records(str(vectors(tmp_path, [0, 1])), "dev")

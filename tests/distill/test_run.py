@@ -10,12 +10,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from calib.distill.classifier import open_classifier
 from calib.distill.cmi import measure_information
 from calib.distill.data import read_records
+from calib.distill.folders import open_classifier
 from calib.distill.gains import paired_gains
 from calib.distill.run import run_recipe
 from calib.errors import UsageError
+from calib.scales import load_scales
 from calib.schema.distill import DistillRecipe, DistillReport, StudentRow
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "distill").glob("*.yaml"))
@@ -149,6 +150,32 @@ def test_a_text_encoder_teaches_its_first_layer(minilm_like: Path, tmp_path: Pat
     report = run_recipe(plan, output(tmp_path), device="cpu")
     assert all(row.accuracy > 0.9 for row in report.students)
     assert report.covered_area is None
+
+
+def test_students_for_quantization_are_deployed_and_timed_beside_their_teacher(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    training = {"epochs": 2, "batch_size": 32, "optimiser": FAST}
+    student = {
+        "network": "mlp16",
+        "training": training,
+        "frameworks": [{"name": "kd"}],
+        "quantization": {"calibration": 64, "peaks": {"term": "peak_to_mean"}},
+    }
+    folder = output(tmp_path)
+    report = run_recipe(recipe(source, student=student, seeds=[0]), folder, device="cpu")
+    assert [(row.framework, row.variant) for row in report.students][:2] == [("ce", "plain"), ("ce", "friendly")]
+    for row in report.students:
+        assert row.deployment is not None
+        assert row.deployment.accuracy == pytest.approx(row.accuracy)
+        learned = {one.scales for one in row.deployment.quantized}
+        assert learned == ({"measured", "learned"} if row.variant == "friendly" else {"measured"})
+        latency = row.deployment.latency
+        assert latency is not None
+        assert (latency.integer_layers, latency.layers) == (3, 3)
+        assert (latency.teacher_ms is None) == (row.teacher == "none")
+        kept = folder / f"student-0-full-{row.framework}-{row.teacher}-{row.variant}"
+        assert load_scales(kept).tensors
+        assert open_classifier(str(kept), device="cpu").classes == 10
 
 
 def test_a_trained_checkpoint_plugs_in_as_teacher(source: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from calib.distill.frameworks import FRAMEWORKS
 from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.student import StudentSettings, train_student
-from calib.errors import UsageError
+from calib.errors import ModelError, UsageError
 
 QUICK = StudentSettings(epochs=6, optimiser=OptimiserSettings("adamw", 1e-2, schedule="cosine"), auxiliary_epochs=1)
 
@@ -88,5 +88,12 @@ def test_requests_that_cannot_be_met_are_refused(mixture: Any) -> None:
     with pytest.raises(UsageError, match="feature maps"):
         train_student(fresh(), mixture.teacher, mixture.loader(), "at", QUICK)
     wild = StudentSettings(epochs=2, optimiser=OptimiserSettings("sgd", 1e12), clip_norm=1e30)
-    with pytest.raises(UsageError, match="the loss became"):
+    with pytest.raises(ModelError, match="the loss became") as error:
         train_student(fresh(), mixture.teacher, mixture.loader(), "kd", wild)
+    assert error.value.exit_code == 1
+    assert "last good checkpoint" not in str(error.value)  # there is none
+
+
+def test_a_batch_that_a_model_cannot_read_is_one_line(mixture: Any) -> None:
+    with pytest.raises(ModelError, match=r"cannot read a batch \(mat1 and mat2.*; pass what it was made for"):
+        train_student(torch.nn.Linear(5, 10), mixture.teacher, mixture.loader(), "kd", QUICK)

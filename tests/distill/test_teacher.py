@@ -85,6 +85,17 @@ def test_a_destructive_learning_rate_stops_and_the_healthy_weights_come_back(mix
     assert any("stopped" in warning for warning in result.warnings)
 
 
+def test_weights_that_the_last_step_of_an_epoch_made_infinite_stop_it_too(mixture: Any) -> None:
+    """One batch is the whole epoch: its loss is finite, and only the pass that follows sees what it did."""
+    teacher = mixture.copy()
+    settings = replace(SETTINGS, optimiser=OptimiserSettings("sgd", 1e38, schedule="constant"), clip_norm=1e30)
+    run = fine_tune(teacher, DataLoader(mixture.train, batch_size=800), settings)
+    assert "NaN or infinite" in str(run.stopped)
+    assert run.epochs == []
+    for name, tensor in mixture.teacher.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor), name
+
+
 def test_the_guard_names_what_went_wrong(mixture: Any) -> None:
     start = measure_information(mixture.teacher, mixture.loader())[0].summary()
     guard = CollapseGuard(start, GuardLimits())

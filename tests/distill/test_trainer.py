@@ -89,6 +89,12 @@ def test_a_collapse_ends_the_training_and_is_named(mixture: Any, tmp_path: Path)
     assert len(trainer.history) == 2
 
 
+def test_weights_that_became_infinite_end_the_training_and_are_named(mixture: Any, tmp_path: Path) -> None:
+    trainer = trained(mixture, tmp_path, 0.5, learning_rate=1e30)
+    assert "NaN or infinite" in str(trainer.stopped)
+    assert len(trainer.history) == 1
+
+
 def test_a_strength_that_minimises_is_refused(mixture: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="always maximises"):
         trained(mixture, tmp_path, -0.2)

@@ -70,3 +70,24 @@ def test_tensorboard_is_written_or_its_absence_said(tmp_path: Path) -> None:
     log("a", EpochRecord(1, 10, 0.5, 0.5))
     log.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_second_round_of_colours_is_dashed_however_few_its_points_are(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    flat = [
+        LoggedEpoch(f"student by {kind}", epoch, 50 * epoch, 10.0**-kind, 0.1) for kind in range(8) for epoch in (1, 2)
+    ]
+    draw_curves(flat, tmp_path / "curves.png")
+    picture = image.open(tmp_path / "curves.png").convert("RGB")
+    lengths = []
+    for kind in (1, 7):  # one of the first round, and the last kind, which is of the second
+        y = round(_row(kind))
+        dark = [picture.getpixel((x, y))[2] < 230 or picture.getpixel((x, y))[0] < 200 for x in range(520, 900)]
+        lengths.append(sum(dark))
+    assert lengths[0] == 380
+    assert 100 < lengths[1] < 300
+
+
+def _row(kind: int) -> float:
+    """Height of the line of a kind whose loss is 10^-kind, of eight, in pixels of the picture."""
+    return 410 - 370 * ((7.35 - kind) / 7.7)

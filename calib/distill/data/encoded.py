@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def _decoded(found: Any) -> Tensor:
     except ImportError as error:
         raise CorpusError(f"image {found}: decoding needs Pillow; pip install calib[distill]") from error
     try:
-        image = Image.open(found) if isinstance(found, (str, Path)) else found
+        if isinstance(found, dict):  # as parquet files of data sets hold it
+            found = io.BytesIO(found["bytes"]) if found.get("bytes") else found.get("path")
+        image = Image.open(found) if isinstance(found, str | Path | io.BytesIO) else found
         coloured = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
     except (OSError, UnidentifiedImageError, AttributeError) as error:
         raise CorpusError(f"image {found}: cannot be decoded ({error}); remove or replace it") from error

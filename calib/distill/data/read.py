@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from calib.corpus.media import SOUNDS
 from calib.distill.data.records import Records, make_records
 from calib.errors import CorpusError
 
@@ -20,7 +21,7 @@ __all__ = ["IMAGE_SUFFIXES", "read_records"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _TEXT_FIELDS = ("text", "sentence", "content", "question")
-_IMAGE_FIELDS = ("image", "img")
+_FILE_FIELDS = ("image", "img", "audio")
 _LABEL_FIELDS = ("label", "labels", "fine_label", "class", "category", "target")
 # file names of MNIST and everything made in its likeness
 _IDX = {"train": "train", "test": "t10k"}
@@ -31,10 +32,10 @@ def read_records(source: str, split: str) -> Records:
     """Reads one split of a labelled data set.
 
     Args:
-        source: `hub:owner/name[@config]` (needs `datasets`); a folder with one folder of images per class, below the
-            name of the split if there is one; a folder of IDX files as MNIST's; a folder with `SPLIT.jsonl`,
-            `SPLIT.csv`, `SPLIT.tsv`, `SPLIT.parquet` or `SPLIT.safetensors` (tensors `inputs` and `labels`); or one
-            such file, whatever the split.
+        source: `hub:owner/name[@config]` (needs `datasets`); a folder with one folder of images or .wav files per
+            class, below the name of the split if there is one; a folder of IDX files as MNIST's; a folder with
+            `SPLIT.jsonl`, `SPLIT.csv`, `SPLIT.tsv`, `SPLIT.parquet` or `SPLIT.safetensors` (tensors `inputs` and
+            `labels`); or one such file, whatever the split.
         split: `train`, `test` or another name that the source has.
 
     Raises:
@@ -54,7 +55,10 @@ def read_records(source: str, split: str) -> Records:
     images = sorted(path.glob(f"{prefix}-images*ubyte*"))
     if images:
         return _read_idx(images[0], source)
-    return _read_image_folder(path / split if (path / split).is_dir() else path, source)
+    others = sorted(file.stem for file in path.iterdir() if file.suffix in _FILES)
+    if others:
+        raise CorpusError(f"data {source}: no split {split}; there is {', '.join(others[:8])}")
+    return _read_class_folders(path / split if (path / split).is_dir() else path, source)
 
 
 def _read_file(path: Path) -> Records:
@@ -70,13 +74,13 @@ def _read_file(path: Path) -> Records:
 
 def _read_jsonl(path: Path) -> Records:
     lines = path.read_text(encoding="utf-8").splitlines()
-    return _from_rows((json.loads(line) for line in lines if line.strip()), str(path))
+    return _from_rows((json.loads(line) for line in lines if line.strip()), str(path), folder=path.parent)
 
 
 def _read_csv(path: Path) -> Records:
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
-    return _from_rows(rows, str(path), numbers=True)
+    return _from_rows(rows, str(path), numbers=True, folder=path.parent)
 
 
 def _read_parquet(path: Path) -> Records:
@@ -109,18 +113,28 @@ _FILES: dict[str, Callable[[Path], Records]] = {
 }
 
 
-def _from_rows(rows: Iterable[Any], source: str, *, numbers: bool = False, names: list[str] | None = None) -> Records:
-    inputs, labels = [], []
+def _from_rows(
+    rows: Iterable[Any],
+    source: str,
+    *,
+    numbers: bool = False,
+    names: list[str] | None = None,
+    folder: Path | None = None,
+) -> Records:
+    inputs: list[Any] = []
+    labels: list[Any] = []
     for row in rows:
         fields = row.keys() if isinstance(row, dict) else ()
-        content = next((name for name in (*_TEXT_FIELDS, *_IMAGE_FIELDS) if name in fields), None)
+        content = next((name for name in (*_TEXT_FIELDS, *_FILE_FIELDS) if name in fields), None)
         label = next((name for name in _LABEL_FIELDS if name in fields), None)
         if content is None or label is None:
+            missing = "label" if content else "text or image or audio"
             raise CorpusError(
-                f"data {source}: no {'label' if content else 'text or image'} among the fields {', '.join(fields)}; "
-                "name them text and label"
+                f"data {source}: no {missing} among the fields {', '.join(fields)}; name them text and label"
             )
-        inputs.append(row[content])
+        # a list names files relative to its own folder
+        is_file = content in _FILE_FIELDS and folder is not None and isinstance(row[content], str)
+        inputs.append(folder / row[content] if is_file and folder is not None else row[content])
         labels.append(row[label])
     if numbers and all(isinstance(label, str) and label.isdigit() for label in labels):
         labels = [int(label) for label in labels]
@@ -149,16 +163,16 @@ def _idx(path: Path) -> torch.Tensor:
         raise CorpusError(f"data {path}: not an IDX file ({str(error).splitlines()[0]}); download it again") from error
 
 
-def _read_image_folder(path: Path, source: str) -> Records:
+def _read_class_folders(path: Path, source: str) -> Records:
     names = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     files = [
         (file, number)
         for number, name in enumerate(names)
         for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        if file.suffix.lower() in (*IMAGE_SUFFIXES, *SOUNDS)
     ]
     if not files:
-        raise CorpusError(f"data {source}: {path} holds no images; expected one folder of images per class")
+        raise CorpusError(f"data {source}: {path} holds no images or .wav files; expected one folder of them per class")
     return make_records([file for file, _ in files], [number for _, number in files], source, names)
 
 
@@ -177,6 +191,8 @@ def _read_hub(source: str, split: str) -> Records:
         raise CorpusError(
             f"data {source}: cannot be loaded ({reason}); check the name, the split and the network"
         ) from error
+    if "audio" in found.features:  # as the files are: decoding would need yet another package
+        found = found.cast_column("audio", datasets.Audio(decode=False))
     label = next((field for field in _LABEL_FIELDS if field in found.features), None)
     names = getattr(found.features.get(label), "names", None) if label else None
     return _from_rows(found, source, names=names)

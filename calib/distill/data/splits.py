@@ -11,7 +11,7 @@ import torch
 from calib.distill.data.records import Records
 from calib.errors import UsageError
 
-__all__ = ["SplitRecords", "split_off", "stratified_share"]
+__all__ = ["SplitRecords", "split_off", "spread_over_classes", "stratified_share"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,21 @@ def stratified_share(labels: Sequence[int], share: float, seed: int = 0) -> list
         order = members[torch.randperm(len(members), generator=generator)]
         chosen += order[: max(1, round(share * len(members)))].tolist()
     return sorted(chosen)
+
+
+def spread_over_classes(labels: Sequence[int], count: int) -> list[int]:
+    """Numbers of at most `count` samples, the first of each class, then the second of each, and so on.
+
+    Args:
+        labels: label of each sample.
+        count: 1 or more.
+    """
+    seen: dict[int, int] = {}
+    ranked = []
+    for number, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        ranked.append((seen[label], label, number))
+    return [number for _, _, number in sorted(ranked)[:count]]
 
 
 def split_off(records: Records, share: float, seed: int = 0) -> SplitRecords:

@@ -39,6 +39,7 @@ class Framework(nn.Module):
         weights: r, a, b and T.
     """
 
+    name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     defaults: ClassVar[Weights] = Weights(1.0, 0.0, 1.0)
@@ -53,7 +54,7 @@ class Framework(nn.Module):
         self.weights = weights or self.defaults
         self.samples = samples
         self.progress = 1.0
-        name = type(self).__name__
+        name = f"framework {self.name}"
         if student.logits.shape[1] != teacher.logits.shape[1]:
             raise UsageError(
                 f"{name}: the teacher has {teacher.logits.shape[1]} classes, the student {student.logits.shape[1]}; "
@@ -113,6 +114,7 @@ def framework(name: str) -> Callable[[type[Framework]], type[Framework]]:
 
     def register(cls: type[Framework]) -> type[Framework]:
         FRAMEWORKS[name] = cls
+        cls.name = name
         return cls
 
     return register

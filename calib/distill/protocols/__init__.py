@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from calib.distill.protocols.augmentation import shifted_and_flipped
+from calib.distill.protocols.condition import Condition
 from calib.distill.protocols.eigencam import CamComparison, compare_cams, covered_area, eigen_cam
-from calib.distill.protocols.few_shot import Condition, few_shot_conditions
+from calib.distill.protocols.few_shot import few_shot_conditions
 from calib.distill.protocols.temperature import TemperaturePoint, temperature_study
 from calib.distill.protocols.zero_shot import ZeroShotResult, confusion_matrix, without_classes, zero_shot_result
 

@@ -19,6 +19,10 @@ from calib.models.evaluating import evaluating
 __all__ = ["CamComparison", "compare_cams", "covered_area", "eigen_cam", "save_cams"]
 
 
+_HEADER = 18
+"""Pixels above a picture, for names."""
+
+
 @dataclass(frozen=True)
 class CamComparison:
     """Maps float32 `[n, h, w]` in 0..1 by teacher, and the mean covered area of each."""
@@ -90,32 +94,42 @@ def compare_cams(
     return CamComparison(maps, area)
 
 
-def save_cams(path: Path, images: Tensor, comparison: CamComparison, scale: int = 4) -> None:
+def save_cams(path: Path, images: Tensor, comparison: CamComparison, scale: int = 4, rows: int = 8) -> None:
     """Writes a PNG: one row per image, the image first and then its map in red over grey for each teacher.
+
+    The name of a teacher stands above its column.
 
     Args:
         path: of the picture.
         images: `[n, c, h, w]`, any range; each is stretched to 0..1.
         comparison: of these images.
         scale: pixels of the picture per pixel of an image.
+        rows: the first so many images.
 
     Raises:
         UsageError: Pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise UsageError(f"{path}: writing a picture needs Pillow; pip install 'calib[distill]'") from error
+    images = images[:rows]
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     shown = ((images - low) / (high - low).clamp(min=1e-12)).cpu()
     grey = shown.mean(dim=1)
     first = shown if shown.shape[1] == 3 else grey[:, None].expand(-1, 3, -1, -1)
     columns = [first]
     for heat in comparison.maps.values():
-        faded = grey * (1 - heat)
-        columns.append(torch.stack([faded + heat, faded, faded], dim=1))
+        faded = grey * (1 - heat[:rows])
+        columns.append(torch.stack([faded + heat[:rows], faded, faded], dim=1))
     picture = torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
     pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
     height, width, _ = pixels.shape
     image = Image.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist()))
-    image.resize((width * scale, height * scale), Image.Resampling.NEAREST).save(path)
+    named = Image.new("RGB", (width * scale, height * scale + _HEADER), "white")
+    named.paste(image.resize((width * scale, height * scale), Image.Resampling.NEAREST), (0, _HEADER))
+    column = width * scale // len(columns)
+    for number, name in enumerate(("image", *comparison.maps)):
+        place = (column * number + column // 2, _HEADER // 2)
+        ImageDraw.Draw(named).text(place, name, fill="black", font=ImageFont.load_default(12), anchor="mm")
+    named.save(path)

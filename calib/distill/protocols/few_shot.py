@@ -4,20 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from calib.distill.data import Records, stratified_share
+from calib.distill.protocols.condition import Condition
 
-__all__ = ["Condition", "few_shot_conditions"]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What one student sees: a name, its records, the smallest number of samples of a class."""
-
-    name: str
-    records: Records
-    per_class: int
+__all__ = ["few_shot_conditions"]
 
 
 def few_shot_conditions(records: Records, shares: Sequence[float], seed: int) -> list[Condition]:
@@ -28,9 +19,7 @@ def few_shot_conditions(records: Records, shares: Sequence[float], seed: int) ->
         shares: 0.05 is 5 %.
         seed: of the choice.
     """
-    conditions = []
-    for share in shares:
-        chosen = records.select(stratified_share(records.labels, share, seed))
-        counts = [chosen.labels.count(label) for label in set(chosen.labels)]
-        conditions.append(Condition(f"{share * 100:g} %", chosen, min(counts)))
-    return conditions
+    return [
+        Condition(f"{share * 100:g} %", records.select(stratified_share(records.labels, share, seed)))
+        for share in shares
+    ]

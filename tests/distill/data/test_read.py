@@ -5,6 +5,7 @@ import gzip
 import json
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +64,16 @@ def test_a_folder_of_folders_of_images(tmp_path: Path) -> None:
     grey, _, _ = ImageSet(found, channels=1, mean=(0.0,), std=(1.0,))[0]
     assert grey.shape == (1, 4, 6)
     torch.testing.assert_close(grey.mean(), torch.tensor(0.114))
+
+
+def test_a_list_names_images_relative_to_itself_and_a_table_holds_them(tmp_path: Path) -> None:
+    write_png(tmp_path / "shown" / "1.png", (255, 0, 0))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "shown/1.png", "label": "red"}))
+    listed = read_records(str(tmp_path), "train")
+    held = {"bytes": (tmp_path / "shown" / "1.png").read_bytes(), "path": "elsewhere.png"}
+    for found in (listed, replace(listed, inputs=[held])):
+        image, _, _ = ImageSet(found, mean=(0.0,), std=(1.0,))[0]
+        assert image[:, 0, 0].tolist() == [1.0, 0.0, 0.0]
 
 
 def test_mnist_files_of_both_splits(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from calib.distill.data import Records, split_off, stratified_share
+from calib.distill.data import Records, split_off, spread_over_classes, stratified_share
 from calib.errors import UsageError
 
 LABELS = [0] * 100 + [1] * 40 + [2] * 3
@@ -43,3 +43,8 @@ def test_impossible_shares_are_refused(share: float) -> None:
         stratified_share(LABELS, share)
     with pytest.raises(UsageError, match="leaves nothing"):
         split_off(Records(["x"], (0,), ("a",), "test"), 0.5)
+
+
+def test_the_first_samples_of_each_class_come_first() -> None:
+    assert spread_over_classes([1, 1, 1, 0, 0, 2], 4) == [3, 0, 5, 4]
+    assert spread_over_classes([1, 1, 0], 9) == [2, 0, 1]

@@ -91,7 +91,7 @@ def test_maps_of_two_teachers_are_compared_by_area_and_drawn(tmp_path: Path) -> 
     assert 0 < found.area["mll"] < 1
     image = pytest.importorskip("PIL.Image")
     save_cams(tmp_path / "cams.png", batch[0], found, scale=2)
-    assert image.open(tmp_path / "cams.png").size == (3 * 32 * 2, 3 * 32 * 2)
+    assert image.open(tmp_path / "cams.png").size == (3 * 32 * 2, 3 * 32 * 2 + 18)  # names above
     vectors = make_network("mlp16", 4, channels=3, size=32)
     with pytest.raises(UsageError, match="no feature maps"):
         compare_cams({"mlp": vectors}, batch, ClassificationTask())

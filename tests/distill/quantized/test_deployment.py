@@ -11,7 +11,7 @@ from torch import nn
 from calib.distill.encoder import EncoderClassifier
 from calib.distill.networks import make_network
 from calib.distill.quantized.deployment import deploy, measure_classifier, worst_peaks
-from calib.distill.quantized.latency import latency_or_reason, measure_latency, onnx_student
+from calib.distill.quantized.latency import first_input, latency_or_reason, measure_latency
 from calib.distill.task import ClassificationTask
 from calib.quantized import QuantizedModel, plan_from_scales
 
@@ -49,7 +49,7 @@ def test_peaks_are_the_largest_over_the_calibration_data(mixture: Any) -> None:
     assert ratios == sorted(ratios, reverse=True)
 
 
-def test_a_text_student_is_timed_in_onnx_runtime_and_an_image_student_says_why_not(minilm_like: Path) -> None:
+def test_a_text_student_is_timed_in_onnx_runtime_beside_its_teacher(minilm_like: Path) -> None:
     pytest.importorskip("onnxruntime")
     from calib.models import open_model
 
@@ -58,11 +58,46 @@ def test_a_text_student_is_timed_in_onnx_runtime_and_an_image_student_says_why_n
     ids = torch.randint(4, 100, (4, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
     found = deploy(model, ClassificationTask(), [batch], [batch])
-    student = onnx_student(model, found.scales.model)
-    feed = {name: batch[name][:1].numpy() for name in ("input_ids", "attention_mask")}
-    latency = measure_latency(student, found.scales, feed, pairs=3)
+    latency = measure_latency(model, found.scales, first_input(batch), teacher=model, pairs=3)
     assert latency.float_ms > 0
-    # the pooler is never called
+    assert latency.teacher_ms is not None
+    assert latency.teacher_ms > 0
+    # the head reads one row per text, a product that the exporter leaves in float
     assert latency.integer_layers == len(plan_from_scales(model, inputs="none").weights) - 1
-    image = make_network("mlp16", 3, channels=4, size=1)
-    assert latency_or_reason(onnx_student(image, found.scales.model), found.scales, None)[1] is not None
+
+
+def images(network: str, size: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make_network(network, 3, channels=1, size=size).eval()
+        return model, (torch.randn(6, 1, size, size), torch.tensor([0, 1, 2] * 2))
+
+
+def test_an_image_student_is_timed_with_the_layers_that_compute_in_integers() -> None:
+    pytest.importorskip("onnxruntime")
+    model, batch = images("vit_micro", 16)
+    teacher, _ = images("resnet8", 16)
+    found = deploy(model, ClassificationTask(), [batch], [batch])
+    latency = measure_latency(model, found.scales, first_input(batch), teacher=teacher, pairs=3)
+    assert latency.layers == 26
+    assert latency.integer_layers == 25  # all but the convolution that makes the patches
+    assert latency.teacher_ms is not None
+    assert latency.teacher_ms > 0
+
+
+def test_what_cannot_be_exported_has_a_reason_instead_of_a_latency(mixture: Any) -> None:
+    pytest.importorskip("onnxruntime")
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
+
+    batch = mixture.train[:8]
+    found = deploy(Branches(), ClassificationTask(), [batch], [batch])
+    latency, reason = latency_or_reason(Branches(), found.scales, first_input(batch))
+    assert latency is None
+    assert "torch cannot export it to ONNX" in str(reason)
