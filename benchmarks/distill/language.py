@@ -75,7 +75,7 @@ def main() -> None:
             "model": "SmolLM2-135M-Instruct (dequantized from Q4_1)",
             "student": "its embedding, first 6 of 30 layers, norm and head",
             "text": "Moby-Dick",
-            "data": report.data,
+            "data": report.data | {"source": "moby-dick"},
             "strength": STRENGTH,
             "seeds": len(SEEDS),
             "interval": "95 % (Student's t), pairs of one seed",

@@ -119,7 +119,7 @@ def _fitted(trials: Trials, best: Trial, whole: Candidate, search: Judge) -> Can
     clip = Clip.to(best.candidate.ranges, whole.ranges, include_sink=whole.prefix is None)
     if clip is None:
         return whole
-    score = trials.scored(whole, search)
+    score = trials.scored(whole, search, best.score)
     said = f"{len(clip.limits)} ranges grew from {clip.blocks} to {clip.all_blocks} blocks: divergence {score.mean:.5f}"
     if not score.surely_worse(best.score.divergence):
         trials.say(f"{said}, no clipping")

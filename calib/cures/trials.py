@@ -164,11 +164,11 @@ class Trials:
         self._tell("search", candidate, score, judge, " (given up)" if given_up else "")
         return Trial(candidate, score, score.ratio(judge.reference_nll), given_up)
 
-    def scored(self, candidate: Candidate, judge: Judge) -> Score:
-        """What a candidate with a plan makes of a model that has its cures already."""
+    def scored(self, candidate: Candidate, judge: Judge, rival: Score | None = None) -> Score:
+        """What a candidate with a plan makes of a model that has its cures already; see `Judge.judge`."""
         assert candidate.plan is not None
         with QuantizedModel(self.model, candidate.plan):
-            return judge.judge()
+            return judge.judge(None if rival is None else rival.divergence)
 
     def met(self, trial: Trial) -> bool:
         """Whether the target is met on the search blocks, by the upper end of the interval: they are few."""

@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calib.distill.classifier import Classifier
 from calib.distill.encoder import EncoderClassifier
+from calib.distill.readable import readable
 from calib.distill.task import ClassificationTask
-from calib.errors import ArtifactError
 from calib.schema.distill import EncoderFile
 
 __all__ = ["load_encoder", "save_encoder"]
@@ -56,16 +54,11 @@ def load_encoder(folder: Path, device: str = "auto") -> Classifier:
     """
     from calib.models import open_model
 
-    try:
+    with readable(folder):
         record = EncoderFile.model_validate(json.loads((folder / _FILE).read_text(encoding="utf-8")))
         found = open_model(folder, task="feature-extraction", device=device, dtype="float32")
         model: nn.Module = EncoderClassifier(found.model, record.classes)
         model.classifier.load_state_dict(load_file(folder / _HEAD))  # type: ignore[union-attr]
-    except (OSError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(
-            f"{folder}: no usable classifier ({reason}); write it again with calib distill run"
-        ) from error
     return Classifier(
         model=model.to(next(found.model.parameters()).device).eval(),
         kind="text",

@@ -6,15 +6,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calib.distill.classifier import Classifier
 from calib.distill.networks import make_network, make_text_network
+from calib.distill.readable import readable
 from calib.distill.task import ClassificationTask
-from calib.errors import ArtifactError
 from calib.models.device import choose_device
 from calib.models.tokens import load_tokenizer
 from calib.schema.distill import ImageInput, NetworkFile
@@ -55,15 +53,10 @@ def load_network(folder: Path, device: str = "auto") -> Classifier:
     Raises:
         ArtifactError: a file is missing, damaged, or of another version.
     """
-    try:
+    with readable(folder):
         record = NetworkFile.model_validate(json.loads((folder / _FILE).read_text(encoding="utf-8")))
         model = _network(record)
         model.load_state_dict(load_file(folder / _WEIGHTS))
-    except (OSError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(
-            f"{folder}: no usable classifier ({reason}); write it again with calib distill run"
-        ) from error
     return Classifier(
         model=model.to(choose_device(device)).eval(),
         kind="image" if record.image is not None else "text",
