@@ -153,9 +153,11 @@ class Candidate:
         return replace(self, scaling=scaling, ranges=scaled_ranges(self.ranges, scaling))
 
     @contextmanager
-    def quantized(self, model: nn.Module, *, rotated: bool = False) -> Iterator[QuantizedModel]:
-        """The model computes as the quantized one with these cures; see `apply`."""
-        with self.apply(model, rotated=rotated), QuantizedModel(model, self.planned(model)) as quantized:
+    def quantized(
+        self, model: nn.Module, *, rotated: bool = False, mode: Literal["fake", "int8"] = "fake"
+    ) -> Iterator[QuantizedModel]:
+        """The model computes as the quantized one with these cures; see `apply` and `QuantizedModel`."""
+        with self.apply(model, rotated=rotated), QuantizedModel(model, self.planned(model), mode=mode) as quantized:
             yield quantized
 
     def planned(self, model: nn.Module) -> QuantizationPlan:

@@ -19,7 +19,6 @@ from calib.cures.trials import Say, Trial, Trials
 from calib.errors import GateError, UsageError
 from calib.measurement.artifact import Measurement
 from calib.models import OpenedModel
-from calib.quantized import QuantizedModel
 
 __all__ = ["find_cure"]
 
@@ -95,7 +94,7 @@ def _apply(trials: Trials, best: Trial) -> Cured:
         else:
             candidate = candidate.with_ranges(model, trials.measurement)
         assert candidate.plan is not None
-        with QuantizedModel(model, candidate.plan):
+        with trials.running(candidate.plan):
             trials.note_as_it_is(candidate, verify)
         applied.pop_all()  # nothing is reverted from here on
     scales = candidate.scales()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from calib.corpus import TokenBlocks
 from calib.cures.candidate import Candidate
@@ -22,7 +23,9 @@ from calib.evaluation.interval import Interval
 from calib.measurement.artifact import Measurement
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import OpenedModel
-from calib.quantized import QuantizedModel
+from calib.models.device import input_device
+from calib.quantized import QuantizationPlan, QuantizedModel
+from calib.quantized.int8 import has_fast_int8
 
 __all__ = ["SEARCH_ROWS", "Say", "Trial", "Trials", "search_rows"]
 
@@ -93,6 +96,7 @@ class Trials:
         self._noted: set[Trial] = set()
         self.say = say
         self._begin = time.perf_counter()
+        self._mode: Literal["fake", "int8"] = "int8" if has_fast_int8(input_device(self.model)) else "fake"
 
     @property
     def measured_all(self) -> bool:
@@ -139,7 +143,11 @@ class Trials:
 
     def quantized(self, candidate: Candidate) -> AbstractContextManager[QuantizedModel]:
         """The model computes as the quantized one with a candidate's cures; a rotation stays, as in `applied`."""
-        return candidate.quantized(self.model, rotated=self._rotated(candidate))
+        return candidate.quantized(self.model, rotated=self._rotated(candidate), mode=self._mode)
+
+    def running(self, plan: QuantizationPlan) -> QuantizedModel:
+        """The model as it is, computing by a plan."""
+        return QuantizedModel(self.model, plan, mode=self._mode)
 
     def release(self) -> None:
         """The model in its original state."""
@@ -167,7 +175,7 @@ class Trials:
     def scored(self, candidate: Candidate, judge: Judge, rival: Score | None = None) -> Score:
         """What a candidate with a plan makes of a model that has its cures already; see `Judge.judge`."""
         assert candidate.plan is not None
-        with QuantizedModel(self.model, candidate.plan):
+        with self.running(candidate.plan):
             return judge.judge(None if rival is None else rival.divergence)
 
     def met(self, trial: Trial) -> bool:

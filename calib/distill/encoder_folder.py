@@ -14,6 +14,7 @@ from calib.distill.classifier import Classifier
 from calib.distill.encoder import EncoderClassifier
 from calib.distill.readable import readable
 from calib.distill.task import ClassificationTask
+from calib.models.quiet import quiet_transformers
 from calib.schema.distill import EncoderFile
 
 __all__ = ["load_encoder", "save_encoder"]
@@ -34,7 +35,8 @@ def save_encoder(folder: Path, classifier: Classifier) -> None:
     model = classifier.model
     assert isinstance(model, EncoderClassifier)
     encoder: Any = model.encoder
-    encoder.save_pretrained(folder)
+    with quiet_transformers():  # it draws a bar
+        encoder.save_pretrained(folder)
     if classifier.tokenizer is not None:
         classifier.tokenizer.save_pretrained(folder)
     head = {name: tensor.contiguous().cpu() for name, tensor in model.classifier.state_dict().items()}

@@ -11,6 +11,7 @@ from calib.distill.classifier import Classifier, classifier_of
 from calib.distill.encoder import EncoderClassifier
 from calib.distill.encoder_folder import load_encoder, save_encoder
 from calib.distill.network_folder import load_network, save_network
+from calib.models.quiet import quiet_transformers
 from calib.schema.distill import EncoderFile
 
 __all__ = ["is_kept", "keep_model", "load_kept", "open_classifier"]
@@ -72,7 +73,8 @@ def keep_model(folder: Path, classifier: Classifier) -> None:
         save_encoder(folder, classifier)
         return
     model: Any = classifier.model
-    model.save_pretrained(folder)
+    with quiet_transformers():  # it draws a bar
+        model.save_pretrained(folder)
     for companion in (classifier.tokenizer, classifier.processor):
         if companion is not None:
             companion.save_pretrained(folder)

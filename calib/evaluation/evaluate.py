@@ -23,7 +23,7 @@ from calib.evaluation.outputs import compare_outputs
 from calib.evaluation.prefix import prefix_of, require_in_vocabulary
 from calib.measurement.failure import explained
 from calib.models import OpenedModel
-from calib.models.device import input_device
+from calib.models.takes import text_inputs, writes
 from calib.quantized import QuantizationPlan, QuantizedModel, QuantizedWeight, plan_from_scales
 from calib.quantized.grid import Convention
 from calib.schema.evaluation import EvaluationFile, EvaluationRow, IntervalRecord, LayerTable
@@ -61,7 +61,7 @@ def evaluate(
     whose tensors are looked at.
 
     Args:
-        opened: language model, classifier or encoder.
+        opened: language model, classifier, encoder, or encoder-decoder, both halves of which then read the blocks.
         blocks: of equal length; not the calibration data.
         scales: of this very checkpoint; without it weights take absmax per row, and nothing can be static.
         inputs: rows wanted, of `INPUTS`; those that can be had if empty.
@@ -84,12 +84,12 @@ def evaluate(
     model = opened.model
     prefix: tuple[int, ...] = ()
     notes: list[str] = []
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UsageError(f"{opened.provenance.name}: an encoder-decoder needs targets; evaluate it in Python")
     if scales is not None:
         _require_same_model(opened, scales)
         prefix = prefix_of(scales, online=online)
         notes = _notes(opened, blocks, scales, codes)
+    if writes(model):
+        notes.append("the decoder reads the same tokens as the encoder, whose output it attends to")
     require_in_vocabulary(model, prefix)
     wanted = [mode for mode in INPUTS if mode in (inputs or INPUTS)]
     if scales is None and not inputs:
@@ -216,9 +216,9 @@ class _Run:
         """Arguments of forward passes, the prefix in front."""
         ids = self.ids[:blocks]
         front = np.broadcast_to(np.asarray(self.prefix, np.int64), (len(ids), len(self.prefix)))
-        rows = torch.from_numpy(np.concatenate([front, ids], 1)).to(input_device(self.model))
+        rows = torch.from_numpy(np.concatenate([front, ids], 1))
         for start in range(0, len(rows), size):
-            yield {"input_ids": rows[start : start + size]} | ({"use_cache": False} if self.language else {})
+            yield text_inputs(self.model, rows[start : start + size]) | ({"use_cache": False} if self.language else {})
 
 
 def _record(found: Interval) -> IntervalRecord:

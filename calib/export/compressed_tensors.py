@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from calib.errors import ArtifactError, ModelError, UsageError
+from calib.export.cached import cached_ranges
 from calib.export.checkpoint import copy_companions, read_config, save_weights, write_config
 from calib.export.formats import FORMATS, register
-from calib.export.linears import AttentionRange, LinearRange, Linears, attention_ranges, linear_ranges
-from calib.export.read_compressed_tensors import has_cache
+from calib.export.linears import AttentionRange, LinearRange, Linears, linear_ranges
 from calib.export.request import ExportRequest, ExportSummary
 from calib.export.transform_config import transform_config, transform_tensors
 from calib.models import OpenedModel
@@ -106,10 +106,31 @@ def why_no_checkpoint(scales: ScaleFile, model: nn.Module) -> str | None:
     if not holds_online(scales):
         return "a cure needs an operation that it cannot name; `calib export --to onnx-qdq` holds that"
     try:
+        _require_own_modules(model)
         linear_ranges(scales, model)
     except ModelError as error:
         return str(error)
     return None
+
+
+def _require_own_modules(model: nn.Module) -> None:
+    """Refuses modules that transformers builds otherwise where it loads this format: no weights find their place there.
+
+    Source: transformers 5.23, `HfQuantizer._convert_model_for_quantization` (experts of Llama 4).
+
+    Raises:
+        ModelError: the model has one.
+    """
+    from transformers.quantizers import base
+
+    patched: dict[str, Any] = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    for module in model.modules():
+        found = patched.get(type(module).__name__)
+        if found is not None and "compressed-tensors" in found["quantization_methods"]:
+            raise ModelError(
+                f"checkpoint: transformers replaces {type(module).__name__} where it loads compressed-tensors, and no "
+                "weights fit; use the scales in scales.json, or another format"
+            )
 
 
 def holds_online(scales: ScaleFile) -> bool:
@@ -134,13 +155,15 @@ def export_compressed_tensors(request: ExportRequest) -> ExportSummary:
 
     Raises:
         UsageError: the scales are not 8-bit.
-        ModelError: no linear layer has a scale, or no attention has scales of keys and values.
+        ModelError: no linear layer has a scale, no attention has scales of keys and values, or transformers would build
+            other modules than the model's where it loads them.
     """
     opened, scales, floating = request.opened, request.scales, request.variant == "fp8"
     if scales.bits != 8:
         raise UsageError(f"checkpoint: --bits {scales.bits} has no checkpoint format here; only 8 has")
+    _require_own_modules(opened.model)
     linears = linear_ranges(scales, opened.model)
-    attention = _cached(opened, attention_ranges(scales)) if request.kv_cache else {}
+    attention = cached_ranges(request) if request.kv_cache else {}
     if request.kv_heads:
         _require_heads(attention)
     symmetric = floating or all(found.symmetric for found in linears.ranges.values())
@@ -220,23 +243,6 @@ def kv_scales(amax: Sequence[float], *, per_head: bool = False) -> torch.Tensor:
     """FP8 scales of keys or values, float32: ``[1]``, or ``[heads, 1, 1]`` per head."""
     scales = torch.tensor([value / FLOAT8_MAX for value in amax], dtype=torch.float32)
     return scales.reshape(-1, 1, 1) if per_head else scales
-
-
-def _cached(opened: OpenedModel, attention: Mapping[str, AttentionRange]) -> dict[str, AttentionRange]:
-    """Those that readers give scales of keys and values; they drop any other, or do not load the checkpoint.
-
-    Raises:
-        ModelError: there is none.
-    """
-    modules = {name: opened.model.get_submodule(name) for name in attention}
-    held = {name: kv for name, kv in attention.items() if has_cache(opened.model, modules[name])}
-    if not held:
-        kinds = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
-        raise ModelError(
-            f"{opened.provenance.name}: readers of this format hold no scales of keys and values for {kinds}; "
-            "export without --kv-cache"
-        )
-    return held
 
 
 def _kv_strategy(request: ExportRequest, attention: Mapping[str, AttentionRange]) -> str | None:

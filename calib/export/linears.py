@@ -11,6 +11,7 @@ import numpy as np
 
 from calib.errors import ModelError
 from calib.scales.grid import Grid
+from calib.scales.routers import IN_FLOAT, router_layers
 from calib.schema.scales import ScaleFile, TensorScale
 
 if TYPE_CHECKING:
@@ -195,11 +196,18 @@ def _candidates(
         return
     from torch import nn
 
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    from calib.sites.structure import Structure
+
+    structure = Structure.of(model)
+    in_float = dict.fromkeys(
+        router_layers(structure.routers, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]), IN_FLOAT
+    )
+    if structure.head is not None:
+        in_float[structure.head] = _HEAD
     for name, module in model.named_modules():
         transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         if isinstance(module, nn.Linear) or (conv1d and transposed):
-            yield name, _HEAD if module is head else None
+            yield name, in_float.get(name)
         elif transposed:
             yield name, "a Conv1D, which the consumer does not quantize"
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from calib import __version__
+from calib.export.cached import cached_ranges
 from calib.export.checkpoint import copy_companions, read_config, save_weights, write_config
 from calib.export.formats import register
-from calib.export.linears import FUSED, attention_ranges, linear_ranges
+from calib.export.linears import FUSED, linear_ranges
 from calib.export.request import ExportRequest, ExportSummary
 from calib.quantized.fake_quantize import round_float8
 from calib.scales.float8 import FLOAT8_MAX
@@ -44,7 +45,7 @@ def export_modelopt(request: ExportRequest) -> ExportSummary:
     """
     opened = request.opened
     linears = linear_ranges(request.scales, opened.model)
-    attention = attention_ranges(request.scales) if request.kv_cache else {}
+    attention = cached_ranges(request) if request.kv_cache else {}
     state = {name: tensor.detach().cpu() for name, tensor in opened.model.state_dict().items()}
     largest = {name: float(state[f"{name}.weight"].float().abs().max()) for name in linears.ranges}
     for name, found in linears.ranges.items():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from calib.errors import ArtifactError
+from calib.export.cached import CACHED_PROJECTIONS
 from calib.export.safetensors_folder import SafetensorsFolder
 from calib.models.quiet import quiet_transformers
 
@@ -173,7 +174,7 @@ def has_cache(model: nn.Module, module: nn.Module) -> bool:
         return False
     if "attention" not in type(module).__name__.lower():
         return False
-    if not any(hasattr(module, name) for name in ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")):
+    if not any(hasattr(module, name) for name in CACHED_PROJECTIONS):
         return False
     return not {"past_key_value", "past_key_values"}.isdisjoint(inspect.signature(module.forward).parameters)
 

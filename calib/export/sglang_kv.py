@@ -14,8 +14,8 @@ import re
 import numpy as np
 
 from calib.errors import ModelError
+from calib.export.cached import cached_ranges
 from calib.export.formats import register
-from calib.export.linears import attention_ranges
 from calib.export.request import ExportRequest, ExportSummary
 from calib.scales.float8 import FLOAT8_MAX
 
@@ -35,15 +35,18 @@ def export_sglang_kv(request: ExportRequest) -> ExportSummary:
     """Writes `kv_cache_scales.json` for one tensor-parallel rank; a per-tensor scale holds for any number of them.
 
     Raises:
-        ModelError: keys and values were not measured in every layer.
+        ModelError: keys and values were not measured in every layer, or no reader holds scales of them.
     """
-    ranges = attention_ranges(request.scales)
+    ranges = cached_ranges(request)
     scales: dict[int, float] = {}
     for module, found in ranges.items():
         numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", module)
         if not numbers:
             raise ModelError(f"{module}: its name has no number of a layer, which SGLang asks for")
-        scales[int(numbers[-1])] = float(np.float32(max(found.key, found.value)) / np.float32(FLOAT8_MAX))
+        layer = int(numbers[-1])
+        if layer in scales:
+            raise ModelError(f"{module}: is a second attention of layer {layer}, and SGLang's file has one per layer")
+        scales[layer] = float(np.float32(max(found.key, found.value)) / np.float32(FLOAT8_MAX))
     missing = sorted(set(range(max(scales) + 1)) - set(scales))
     if missing:
         raise ModelError(f"layer {missing[0]}: has no scales of keys and values, and SGLang asks for every layer")

@@ -13,7 +13,7 @@ from calib.quantized.grid import IntegerGrid, quantize
 from calib.quantized.quantizers import IntegerQuantizer, StaticQuantizer
 from calib.quantized.weights import QuantizedWeight, WeightScheme, as_matrix, is_linear
 
-__all__ = ["Int8Input", "Int8Linear", "int8_matmul", "why_not_int8"]
+__all__ = ["Int8Input", "Int8Linear", "has_fast_int8", "int8_matmul", "why_not_int8"]
 
 _WIDEST = 2**31 // (2 * 128 * 128) - 1
 """Inputs that an int32 sum holds: each adds at most 128 * 128, and as much again for the zero point."""
@@ -68,8 +68,8 @@ class Int8Linear:
         total = int8_matmul(x.codes.reshape(-1, x.codes.shape[-1]), self.codes).reshape(*shape, -1)
         if x.zero_point is not None:
             total = total - x.zero_point * self.row_sums
-        y = total.float() * (x.scale * self.scale)
-        return (y if self.bias is None else y + self.bias).to(dtype)
+        y = total.float().mul_(x.scale * self.scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(dtype)
 
 
 def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, pad: bool | None = None) -> torch.Tensor:
@@ -92,6 +92,14 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor, *, pad: bool | None = None) ->
         a = nn.functional.pad(a, (0, width, 0, max(_CUDA_ROWS - rows, 0)))
         b = nn.functional.pad(b, (0, width, 0, -outputs % _CUDA_MULTIPLE))
     return torch._int_mm(a.contiguous(), b.t())[:rows, :outputs]
+
+
+def has_fast_int8(device: torch.device) -> bool:
+    """Whether a product of int8 takes less time there than one of float32: x86 that adds four products at once."""
+    if device.type != "cpu":
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+    return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def why_not_int8(module: nn.Module, weight: WeightScheme | QuantizedWeight | None, inputs: list[Any]) -> str | None:

@@ -17,6 +17,7 @@ from calib.quantized.plan import QuantizationPlan
 from calib.quantized.quantizers import DynamicQuantizer, Float8Quantizer, StaticQuantizer, TensorQuantizer
 from calib.quantized.weights import QuantizedWeight, WeightScheme
 from calib.scales.float8 import FLOAT8_MAX
+from calib.scales.routers import IN_FLOAT, router_layers
 from calib.schema.scales import ScaleFile, TensorScale
 from calib.sites import Selection, find_ports
 from calib.sites.port import Axes
@@ -131,6 +132,7 @@ class _Planner:
             elif module._parameters.get("weight") is None:
                 found[name] = "its weight is computed (parametrized), not a parameter"
         found |= {} if scales is None else dict.fromkeys(scales.ignore, "the scale file leaves it in float")
+        found |= dict.fromkeys(router_layers(self.structure.routers, projections), IN_FLOAT)
         if self.structure.head is not None and not include_head:
             found[self.structure.head] = _HEAD
         for pattern in ignore:

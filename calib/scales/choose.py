@@ -12,7 +12,8 @@ from calib import __version__
 from calib.errors import ArtifactError, UsageError
 from calib.scales.grid import Grid
 from calib.scales.methods import parse_method
-from calib.scales.selected import Selected, is_quantized, select
+from calib.scales.routers import IN_FLOAT, router_layers
+from calib.scales.selected import QUANTIZED_KINDS, Selected, is_quantized, select
 from calib.scales.tensors import activation_scale, weight_scale
 from calib.scales.verdict import Judgement, judge_model
 from calib.schema.provenance import Producer
@@ -45,7 +46,8 @@ def choose_scales(
 
     A tensor that several modules read has one entry, under its canonical name; the others are in `shared_with`.
     A tensor whose values are all 0, or below the smallest step that float32 can divide by, gets no entry, for no scale
-    follows from its data: it is named in `left_out`, and modules that read it are listed in `ignore`.
+    follows from its data: it is named in `left_out`, and modules that read it are listed in `ignore`. So are the linear
+    layers of routers, their weights and what only they read.
 
     Args:
         measurement: of a model on a corpus.
@@ -74,7 +76,8 @@ def choose_scales(
     _check_granularity(weight_granularity, ("per-row", "per-tensor"), weight_chosen.label)
     if not include_sink and not measurement.run.sink_positions:
         raise UsageError("include_sink=False: no positions were kept apart; measure with --sink-positions 1 or more")
-    selected = select(measurement if include_sink else _without_sink(measurement), sites, ignore)
+    routers = _router_tensors(measurement)
+    selected = select(measurement if include_sink else _without_sink(measurement), sites, ignore).without(routers)
 
     tensors: dict[str, TensorScale] = {}
     zero: list[str] = []
@@ -106,8 +109,9 @@ def choose_scales(
         tensors=tensors,
         coverage=dict(sorted(Counter(tensor.kind for tensor in tensors.values()).items())),
         gates={gate.name: gate.passed for gate in measurement.gates},
-        ignore=_modules_in_float(measurement, [*selected.ignored, *zero]),
-        left_out=dict.fromkeys(selected.ignored, "ignored on request")
+        ignore=_modules_in_float(measurement, [*selected.ignored, *routers, *zero]),
+        left_out=dict.fromkeys(routers, IN_FLOAT)
+        | dict.fromkeys(selected.ignored, "ignored on request")
         | dict.fromkeys(zero, "all of its values are 0, or nearly so: no scale follows from the data"),
         verdict=judgement.verdict,
         reason=judgement.reason,
@@ -133,6 +137,24 @@ def _judge(selected: Selected, tensors: dict[str, TensorScale]) -> Judgement:
     return judge_model(judged)
 
 
+def _router_tensors(measurement: Measurement) -> list[str]:
+    """Weights of routers, and activations that a deployment would quantize for nothing but a router."""
+    sites = measurement.sites.values()
+    modules = [name.partition(":")[0] for site in sites for name, kind in _names(site).items() if kind == "router"]
+    layers = router_layers(modules, {weight.module for weight in measurement.weights.values()})
+    found = [name for name, weight in measurement.weights.items() if weight.module in layers]
+    for name, site in measurement.sites.items():
+        readers = [n.partition(":")[0] for n, kind in _names(site).items() if kind in QUANTIZED_KINDS]
+        if readers and layers.issuperset(readers):
+            found.append(name)
+    return found
+
+
+def _names(site: Site) -> dict[str, str]:
+    """Every name of a tensor, and its kind under that name."""
+    return {site.name: site.kind, **site.aliases}
+
+
 def _modules_in_float(measurement: Measurement, names: list[str]) -> list[str]:
     """Modules whose weight or linear input is among these tensors, once each, in order."""
     modules: dict[str, None] = {}
@@ -140,10 +162,6 @@ def _modules_in_float(measurement: Measurement, names: list[str]) -> list[str]:
         if name in measurement.weights:
             modules[measurement.weights[name].module] = None
         else:
-            modules |= dict.fromkeys(_readers(name, measurement.sites[name]))
+            kinds = _names(measurement.sites[name]).items()
+            modules |= dict.fromkeys(reader.partition(":")[0] for reader, kind in kinds if kind == "linear_input")
     return list(modules)
-
-
-def _readers(name: str, site: Site) -> list[str]:
-    kinds = {name: site.kind, **site.aliases}
-    return [reader.partition(":")[0] for reader, kind in kinds.items() if kind == "linear_input"]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,12 @@ class Selected:
     sites: dict[str, Site]
     weights: dict[str, WeightSite]
     ignored: list[str]
+
+    def without(self, names: Collection[str]) -> Selected:
+        """All but these."""
+        sites = {name: site for name, site in self.sites.items() if name not in names}
+        weights = {name: weight for name, weight in self.weights.items() if name not in names}
+        return Selected(sites, weights, self.ignored)
 
 
 def is_quantized(site: Site) -> bool:

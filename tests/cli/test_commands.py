@@ -73,6 +73,15 @@ def test_report_and_sites_and_methods(measured: Path, tiny_llama: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["not_reached"] == []
     assert run("methods") == 0
     assert {"absmax", "percentile", "mse", "entropy"} <= set(capsys.readouterr().out.split())
+    assert run("methods", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["absmax"] == {
+        "name": "absmax",
+        "summary": rows["absmax"]["summary"],
+        "parameter": None,
+        "needs_histogram": False,
+    }
+    assert rows["percentile"]["parameter"]["high"] == 100.0
 
 
 def test_shards_merge_to_the_whole(measured: Path, tiny_llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,30 @@ def test_an_encoder_is_compared_by_what_it_predicts(tiny_bert: Path) -> None:
     assert static.sqnr_db == pytest.approx(expected.item(), abs=0.01)
     with pytest.raises(UsageError, match="no language model"):
         evaluate(opened, blocks, with_cure(scales, kind="prefix", settings={"token_ids": [1]}))
+
+
+def test_both_halves_of_an_encoder_decoder_read_the_block(tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shutil.copytree(tiny_bert, tmp_path, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    words = open_model(tiny_bert, device="cpu", dtype="float32").model.config.vocab_size
+    config = T5Config(
+        vocab_size=words, d_model=32, d_ff=48, d_kv=16, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    opened, scales, blocks = setting(tmp_path)
+    found = evaluate(opened, blocks, scales)
+    ids = torch.from_numpy(blocks.input_ids)
+    with torch.no_grad():
+        exact = opened.model(input_ids=ids, decoder_input_ids=ids).logits.double()
+        with QuantizedModel(opened.model, plan_from_scales(opened.model, scales)) as quantized:
+            rounded = opened.model(input_ids=ids, decoder_input_ids=ids).logits.double()
+    assert not quantized.silent()
+    expected = 10 * torch.log10(exact.square().sum() / (exact - rounded).square().sum())
+    assert found.rows[-1].sqnr_db == pytest.approx(expected.item(), abs=0.01)
+    assert any("decoder reads the same tokens" in note for note in found.notes)
+    assert found.layers is not None
 
 
 def test_embeddings_are_compared_by_their_cosine(tiny_bert: Path) -> None:

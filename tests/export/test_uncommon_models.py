@@ -14,13 +14,15 @@ import torch
 
 from calib.corpus import build_blocks
 from calib.errors import ModelError
-from calib.export import verify_export
+from calib.export import export_scales, verify_export
+from calib.export.compressed_tensors import why_no_checkpoint
 from calib.export.imatrix import gguf_names
-from calib.export.linears import LinearRange
+from calib.export.linears import LinearRange, linear_ranges
 from calib.export.ort_calibration import tensor_ranges
 from calib.export.torchao import apply_torchao
 from calib.measurement.engine import MeasureOptions, measure
 from calib.models import open_model
+from calib.quantized import plan_from_scales
 from calib.scales import load_scales
 from tests.export.conftest import Lab, lab
 from tests.export.test_formats import export
@@ -108,3 +110,79 @@ def test_llama_cpp_knows_the_text_half_of_a_model_by_the_name_of_the_whole(llama
     }
     with pytest.raises(ModelError, match="knows no architecture xlnet"):
         gguf_names(of("xlnet"), weights)
+
+
+@pytest.fixture(scope="module")
+def llama4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Two layers of experts; its router is a linear layer."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama4")
+    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+    config = Llama4TextConfig(
+        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], hidden_size=32,
+        intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(folder)
+    return lab(folder)
+
+
+@pytest.fixture(scope="module")
+def jetmoe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Experts in attention and feed-forward; a router holds a linear layer and chooses after it."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("jetmoe")
+    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+    config = JetMoeConfig(
+        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], hidden_size=32,
+        intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16, num_local_experts=4,
+        num_experts_per_tok=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    JetMoeForCausalLM(config).save_pretrained(folder)
+    return lab(folder)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("llama4", "feed_forward.router"), ("jetmoe", "mlp.router.layer")])
+def test_routers_stay_in_float(name: str, layer: str, request: pytest.FixtureRequest) -> None:
+    found: Lab = request.getfixturevalue(name)
+    routers = [n for n, _ in found.opened.model.named_modules() if n.endswith(layer)]
+    assert len(routers) == 2
+    scales = found.scales()
+    readers = {reader for n, tensor in scales.tensors.items() for reader in (n, *tensor.shared_with)}
+    assert readers.isdisjoint(f"{router}:weight" for router in routers)
+    assert set(routers) <= set(scales.ignore)
+    for plan in (plan_from_scales(found.opened.model, scales), plan_from_scales(found.opened.model, inputs="none")):
+        assert plan.weights.keys().isdisjoint(routers)
+        assert plan.inputs.keys().isdisjoint(routers)
+        assert set(routers) <= set(plan.left_out)
+    assert set(routers) <= set(linear_ranges(scales, found.opened.model).in_float)
+    without = scales.model_copy(update={"ignore": []})  # chosen before this was the rule, or by another tool
+    assert set(routers) <= set(linear_ranges(without, found.opened.model).in_float)
+
+
+def test_a_checkpoint_whose_modules_transformers_would_replace_is_refused(llama4: Lab, tmp_path: Path) -> None:
+    scales = llama4.scales()
+    why = why_no_checkpoint(scales, llama4.opened.model)
+    assert why is not None
+    assert "transformers replaces Llama4TextExperts" in why
+    with pytest.raises(ModelError, match="transformers replaces Llama4TextExperts"):
+        export(llama4, tmp_path / "out", "compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "modelopt", "sglang-kv"])
+def test_no_scales_of_keys_and_values_where_no_reader_holds_them(to: str, bert: Lab, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="readers of this format hold no scales of keys and values"):
+        export(bert, tmp_path / "out", to, kv_cache=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_keys_and_values_without_the_model(bert: Lab, llama: Lab, tmp_path: Path) -> None:
+    export_scales(llama.scales(), tmp_path / "kv", to="sglang-kv")
+    with pytest.raises(ModelError, match="readers of this format hold no scales of keys and values"):
+        export_scales(bert.scales(), tmp_path / "out", to="sglang-kv")
