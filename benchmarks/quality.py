@@ -9,7 +9,8 @@ figures).
 Perplexity over positions 1..511, float32. All linear layers but the head; activations per tensor, static unless said;
 weights per output row, unless said.
 Other programs run on the same tokens (peer_rows.py), those that are installed.
-Rows are written as they come, and not computed again (--fresh does).
+Rows are kept in the folder of --work as they come, and not computed again (--fresh does); results/quality.json is
+written once they are all there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 from assets import fetch
 from numpy.typing import NDArray
 from peer_rows import peer_results
-from results_file import RESULTS, write
+from results_file import write
 
 from calib.corpus import TokenBlocks, build_blocks
 from calib.cures import Cured, CureOptions, find_cure
@@ -66,13 +67,18 @@ def blocks_of(opened: OpenedModel, ids: NDArray[np.int64], start: int, count: in
 class Table:
     """Rows on disk, so that a run that is broken off goes on where it was."""
 
-    def __init__(self, fresh: bool) -> None:
-        self.path = RESULTS / f"{NAME}.json"
-        held = json.loads(self.path.read_text()) if self.path.exists() and not fresh else {}
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path = path
+        held = json.loads(path.read_text()) if path.exists() and not fresh else {}
         self.rows: dict[str, Any] = held.get("rows", {})
         self.searches: dict[str, Any] = held.get("searches", {})
 
     def save(self) -> None:
+        """Keeps what there is."""
+        self.path.write_text(json.dumps({"searches": self.searches, "rows": self.rows}), encoding="utf-8")
+
+    def publish(self) -> None:
+        """Writes the result."""
         write(NAME, {"model": "SmolLM2-135M-Instruct (dequantized from Q4_1)", "text": "Moby-Dick", "length": LENGTH,
                      "searches": self.searches, "rows": self.rows})  # fmt: skip
 
@@ -92,7 +98,7 @@ def main() -> None:  # noqa: C901, PLR0915 - one table, from top to bottom
     calibration = blocks_of(opened, ids, 20_000, 12, arguments.work)
     held_out = blocks_of(opened, ids, 100_000, arguments.held_out, arguments.work)
     evaluation = ids[200_000 : 200_000 + arguments.blocks * LENGTH].reshape(-1, LENGTH)
-    table = Table(arguments.fresh)
+    table = Table(arguments.work / "rows.json", fresh=arguments.fresh)
 
     def reference_of(prefix: tuple[int, ...]) -> NDArray[np.float64]:
         """Float scores, kept on disk: half of the time of a run."""
@@ -197,6 +203,7 @@ def main() -> None:  # noqa: C901, PLR0915 - one table, from top to bottom
     few, plain = evaluation[: arguments.few], reference_of(())[: arguments.few]
     for peer in peer_results(opened, calibration.input_ids, few, arguments.work, set(table.rows)):
         add(peer.name, peer.nll, plain, prefix=[], version=peer.version, seconds=peer.seconds)
+    table.publish()
 
 
 def _as_deployed(name: str, cured: Cured, mine: OpenedModel, score: Callable[..., None], count: int) -> None:
