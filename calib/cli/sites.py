@@ -30,7 +30,7 @@ def command(model: str, samples: int, max_length: int, **given: Any) -> None:
     """Show what `calib measure MODEL` would measure, with predicted time and memory.
 
     Runs 64 tokens, or a grey picture, or a second of silence, through the model to learn which names are the same
-    tensor. Towers of a model that reads text too are not run, and are listed as not reached.
+    tensor. Towers of a model that writes text are not run, and are listed as not reached.
     """
     import torch
 
@@ -57,18 +57,31 @@ def command(model: str, samples: int, max_length: int, **given: Any) -> None:
 
 def _trial(found: OpenedModel, samples: int, max_length: int) -> tuple[dict[str, Any], float]:
     """Arguments of a small forward pass, and how many such passes the whole measurement is."""
-    import numpy as np
     import torch
 
     from calib.measurement.head import takes_cache
-    from calib.models.takes import parameters_of, takes, writes
+    from calib.models.takes import takes, writes
 
-    kinds = takes(found.model)
-    decoder = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if writes(found.model) else {}
+    model: Any = found.model
+    kinds = takes(model)
+    inputs: dict[str, Any] = {}
     if "text" in kinds or not kinds:
-        cache = {"use_cache": False} if takes_cache(found.model) else {}
-        ids = torch.zeros(1, _TOKENS, dtype=torch.long)
-        return {"input_ids": ids, **decoder, **cache}, samples * max_length / _TOKENS
+        inputs["input_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
+        inputs |= {"use_cache": False} if takes_cache(model) else {}
+    compares = "text" in kinds and not getattr(model, "can_generate", bool)()  # texts with pictures or sound, as CLIP
+    if not inputs or (compares and len(kinds) > 1):
+        inputs |= _media(found, kinds - {"text"})
+    if writes(model):
+        inputs["decoder_input_ids"] = torch.zeros(1, 1, dtype=torch.long)
+    return inputs, samples * max_length / _TOKENS if "input_ids" in inputs else float(samples)
+
+
+def _media(found: OpenedModel, kinds: frozenset[str]) -> dict[str, Any]:
+    """A grey picture, or a second of silence."""
+    import numpy as np
+
+    from calib.models.takes import parameters_of
+
     processor = require_processor(found, kinds)
     if "image" in kinds:
         grey = np.full((64, 64, 3), 128, np.uint8)
@@ -78,4 +91,4 @@ def _trial(found: OpenedModel, samples: int, max_length: int) -> tuple[dict[str,
         rate = extractor.sampling_rate
         made = extractor(np.zeros(rate, np.float32), sampling_rate=rate, return_tensors="pt")
     names = parameters_of(found.model)
-    return {name: v for name, v in made.items() if names is None or name in names} | decoder, float(samples)
+    return {name: v for name, v in made.items() if names is None or name in names}

@@ -10,6 +10,7 @@ import torch
 
 from calib.errors import CalibError, ModelError
 from calib.models import OpenedModel
+from calib.models.takes import takes
 
 __all__ = ["explained"]
 
@@ -43,7 +44,9 @@ def explained(opened: OpenedModel, shape: tuple[int, ...] | None = None, *, meas
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         ids = len(shape) == 2
-        helps = "check --max-length against the model's context, and that the model takes token ids"
+        more = takes(opened.model) > {"text"}
+        needs = "that -d has all that it needs: it takes more than text" if more else "that the model takes token ids"
+        helps = f"check --max-length against the model's context, and {needs}"
         raise ModelError(
             f"{opened.provenance.name}: its forward pass failed on {'token ids' if ids else 'inputs'} "
             f"{' x '.join(map(str, shape))} ({reason}); "

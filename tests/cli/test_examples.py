@@ -167,6 +167,15 @@ def test_a_picture_and_a_text_without_a_chat_template(root: Path, model: Callabl
     assert {name.partition(".")[0] for name in found.sites} >= {"text_model", "vision_model"}
 
 
+def test_sites_of_a_model_that_compares_texts_with_pictures(
+    model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sites", model("clip"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["not_reached"] == []
+    assert {site["name"].partition(".")[0] for site in found["sites"]} >= {"text_model", "vision_model"}
+
+
 def test_text_alone_names_the_tower_that_saw_nothing(
     root: Path, model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,6 +350,7 @@ def _broken(root: Path, folder: Path) -> dict[str, Path]:
         ("whisper", "pictures", 1, "holds pictures, and whisper takes sound"),
         ("llava", "count.jsonl", 1, "place 2 pictures and sounds and 1 are given"),
         ("clip", "silent.jsonl", 1, "has no text and the model reads some"),
+        ("clip", "text", 1, "that -d has all that it needs: it takes more than text"),
         ("t5", "pictures", 1, "holds pictures, and t5 takes text only"),
     ],
 )
