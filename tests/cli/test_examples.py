@@ -185,6 +185,14 @@ def test_text_alone_names_the_tower_that_saw_nothing(
     assert "model.vision_tower" in line
 
 
+def test_text_alone_is_not_enough_for_a_model_that_compares_it_with_pictures(
+    root: Path, model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run("measure", model("clip"), "-d", root / "text.jsonl", "--max-length", "16", "-o", tmp_path / "m", "-q")
+    assert code == 1
+    assert "that -d has all that it needs: it takes more than text" in one_line(capsys.readouterr().err)
+
+
 def test_sound_with_a_transcript_and_without(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:
     import wave
 
@@ -350,7 +358,6 @@ def _broken(root: Path, folder: Path) -> dict[str, Path]:
         ("whisper", "pictures", 1, "holds pictures, and whisper takes sound"),
         ("llava", "count.jsonl", 1, "place 2 pictures and sounds and 1 are given"),
         ("clip", "silent.jsonl", 1, "has no text and the model reads some"),
-        ("clip", "text", 1, "that -d has all that it needs: it takes more than text"),
         ("t5", "pictures", 1, "holds pictures, and t5 takes text only"),
     ],
 )
