@@ -131,7 +131,8 @@ class _Search:
         if consumers and not reason:
             scales = np.ones(probe.channels(producer))
             scales[rows] = probe_scales(rows.size, seed=1)
-            rule = producer_rule(module, probe.calls[producer], _of(scales, module))
+            if next(module.parameters(), None) is not None:  # a norm may have no weight
+                rule = producer_rule(module, probe.calls[producer], _of(scales, module))
             reason = self._tied([name, *consumers])
             if rule is None:
                 reason = reason or f"is a {type(module).__name__} that its own weight does not scale"

@@ -67,6 +67,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Llama4TextConfig",
         {**LLAMA_LIKE, "head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1},
     ),
+    "diffllama": ("DiffLlamaForCausalLM", "DiffLlamaConfig", LLAMA_LIKE),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA_LIKE),
     "olmo_clip": ("OlmoForCausalLM", "OlmoConfig", {**LLAMA_LIKE, "clip_qkv": 8.0}),
     "opt": (

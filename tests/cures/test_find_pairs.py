@@ -69,6 +69,7 @@ EXPECTED: dict[str, tuple[str, list[tuple[str, list[str]]]]] = {
     ),
     "bert": ("bert.encoder.layer.", [("attention.self.value", ["attention.output.dense"])]),
     "mixtral": ("model.layers.", gated()[:2]),
+    "diffllama": ("model.layers.", [gated()[0], *gated()[2:]]),  # a norm without a weight is behind its values
     "olmo2": ("model.layers.", [gated()[1], gated()[3]]),
     "olmo_clip": ("model.layers.", [gated()[3]]),
     "opt": (
@@ -135,6 +136,7 @@ def test_values_of_grouped_fused_projections_are_the_right_rows() -> None:
         ("mixtral", "model.layers.1.mlp.experts", "is no linear layer"),
         ("bert", "bert.encoder.layer.1.intermediate.dense", "residual path"),
         ("bert", "bert.encoder.layer.0.output.dense", "non-linear function"),
+        ("diffllama", "model.layers.1.self_attn.o_proj", "RMSNorm that its own weight does not scale"),
         ("olmo2", "model.layers.1.mlp.up_proj", "reads the residual stream"),
         ("olmo_clip", "model.layers.0.self_attn.o_proj", "non-linear function"),
         ("gpt2", "transformer.h.1.mlp.c_proj", "non-linear function"),
