@@ -32,13 +32,18 @@ __all__ = ["Distillation", "EpochRecord", "Sides"]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch: its number from 1, steps so far, mean loss, learning rate, and the peak term, where there is one."""
+    """One epoch: its number from 1, steps so far, mean loss, learning rate.
+
+    `peak_term` is the mean of that term, where there is one; `cmi`, of a teacher that is fine-tuned, is that of the
+    training data after the epoch, in nats.
+    """
 
     epoch: int
     steps: int
     loss: float
     learning_rate: float
     peak_term: float | None = None
+    cmi: float | None = None
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,8 @@ class _Run:
             "checkpoints": None if self.work is None else self.work / f"fine-tuned-{seed}",
             "ranks": self.ranks,
             "grouping": self.grouping,
+            "name": f"seed {seed}, teacher",
+            "log": self.log,
         }
         if plan.refresh == "ema":
             sampler = ClassBalancedBatches(

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from calib.distill.batches import Batches
 from calib.distill.centroids import ClassBalancedBatches, MovingCentroids
 from calib.distill.checkpoint import Checkpoint
 from calib.distill.cmi import measure_information
+from calib.distill.distillation import EpochRecord
 from calib.distill.grouping import RowGrouping
 from calib.distill.guard import CollapseGuard, GuardLimits
 from calib.distill.information import ClassInformation, InformationSummary, NonFiniteLogits
@@ -90,6 +92,8 @@ def fine_tune(
     progress: Progress | None = None,
     checkpoints: Path | None = None,
     ranks: Ranks | None = None,
+    name: str = "teacher",
+    log: Callable[[str, EpochRecord], None] | None = None,
 ) -> TeacherRun:
     """Fine-tunes `model` in place towards max LL + lambda CMI.
 
@@ -108,6 +112,8 @@ def fine_tune(
         checkpoints: folder to keep the state in, in a file for each lambda. If that file is there, the fine-tuning goes
             on from it, to the result of an unbroken run; a finished one is only read.
         ranks: the processes that share each batch.
+        name: of the fine-tuning, to which lambda is added.
+        log: called with that name and each finished epoch.
 
     Raises:
         UsageError: a setting out of range, or an empty loader.
@@ -128,7 +134,9 @@ def fine_tune(
             checkpoint = Checkpoint(checkpoints / f"lambda-{settings.strength:g}.safetensors")
         ranks = ranks or Ranks(cpu=input_device(model).type == "cpu")
         return _Tuning(model, train, settings, reader, balanced, grouping, checkpoint, ranks).run(
-            validation, progress or (lambda line: None)
+            validation,
+            progress or (lambda line: None),
+            (lambda record: None) if log is None else partial(log, f"{name}, lambda {settings.strength:g}"),
         )
 
 
@@ -189,7 +197,7 @@ class _Tuning:
             if isinstance(sampler, ClassBalancedBatches):
                 sampler.restart()
             self.balanced = Batches(balanced).endless()
-        self.epoch, self.done, self.steps, self.moves = 0, 0, 0, 0
+        self.epoch, self.done, self.steps, self.moves, self.losses = 0, 0, 0, 0, 0.0
         self.grouping = grouping
         self.row_of_label = None if grouping is None else grouping.row_of_label.to(input_device(model))
         self.held_out_before: InformationSummary | None = None
@@ -197,7 +205,9 @@ class _Tuning:
         self.stopped: str | None = None
         self.healthy: dict[str, Tensor] = {}
 
-    def run(self, validation: Iterable[Any] | None, progress: Progress) -> TeacherRun:
+    def run(
+        self, validation: Iterable[Any] | None, progress: Progress, log: Callable[[EpochRecord], None]
+    ) -> TeacherRun:
         settings, model = self.settings, self.model
         self.ranks.same_start([model])
         self.optimiser, self.schedule = make_optimiser(model.parameters(), settings.optimiser, settings.epochs)
@@ -213,14 +223,15 @@ class _Tuning:
         guard = CollapseGuard(self.history[0], settings.guard)
         begin, begun = time.perf_counter(), self.epoch
         while self.epoch < settings.epochs and self.stopped is None:
-            self._epoch(guard)
-            if self.stopped is None:
+            record = self._epoch(guard)
+            if record is not None:
                 left = time_left(begin, self.epoch - begun, settings.epochs - begun)
                 now = self.history[-1]
                 progress(
                     f"lambda {settings.strength} epoch {self.epoch}/{settings.epochs}: CMI {now.cmi:.4f} "
                     f"LL {now.log_likelihood:.4f} accuracy {now.accuracy:.4f}, {left} left"
                 )
+                log(record)
         if held is None or not held["finished"]:
             self._save(finished=True)
         return TeacherRun(
@@ -233,7 +244,8 @@ class _Tuning:
             stopped=self.stopped,
         )
 
-    def _epoch(self, guard: CollapseGuard) -> None:
+    def _epoch(self, guard: CollapseGuard) -> EpochRecord | None:
+        """What the epoch came to; None if the guard stopped it."""
         self.model.train()
         for batch in self.batches.epoch(self.done):
             self.stopped = self._step(batch, guard)
@@ -244,20 +256,24 @@ class _Tuning:
         if self.stopped is None:
             try:
                 information = self._measured(self.train)
-                self.stopped = guard.epoch(information.summary())
+                summary = information.summary()
+                self.stopped = guard.epoch(summary)
             except NonFiniteLogits:  # left behind by the last step, after its loss was looked at
                 self.stopped = "the weights became NaN or infinite; lower the learning rate or lambda"
         self.epoch += 1
         if self.stopped is not None:
             self.model.load_state_dict(self.healthy)
             logger.warning("lambda %s, epoch %d: stopped, %s", self.settings.strength, self.epoch, self.stopped)
-            return
-        self.history.append(information.summary())
+            return None
+        rate = float(self.optimiser.param_groups[0]["lr"])
+        record = EpochRecord(self.epoch, self.steps, self.losses / self.done, rate, cmi=summary.cmi)
+        self.history.append(summary)
         self.healthy = _copy(self.model)
         if self.settings.refresh != "never":
             self._refresh(information)
         self.schedule.step()
-        self.done = 0
+        self.done, self.losses = 0, 0.0
+        return record
 
     def _step(self, batch: Any, guard: CollapseGuard) -> str | None:
         """One step; returns the reason to stop, if there is one."""
@@ -269,7 +285,8 @@ class _Tuning:
             self.settings.strength,
             row_of_label=self.row_of_label,
         )
-        reason = guard.step(float(terms.loss.detach()), float(terms.divergence.detach()))
+        loss = float(terms.loss.detach())
+        reason = guard.step(loss, float(terms.divergence.detach()))
         if reason is not None:
             return reason
         self.optimiser.zero_grad()
@@ -279,6 +296,7 @@ class _Tuning:
         self.optimiser.step()
         self.done += 1
         self.steps += 1
+        self.losses += loss
         if self.balanced is not None and self.steps % self.settings.ema_every == 0:
             self.moves += 1
             with torch.no_grad(), evaluating(self.model):
@@ -304,6 +322,7 @@ class _Tuning:
                 "done": self.done,
                 "steps": self.steps,
                 "moves": self.moves,
+                "losses": self.losses,
                 "healthy": self.healthy,
                 "centroids": self.centroids.state(),
                 **loop_state(self.optimiser, self.schedule, self.batches),
@@ -322,6 +341,7 @@ class _Tuning:
             self.epoch = self.settings.epochs
             return
         self.epoch, self.done, self.steps, self.moves = (held[key] for key in ("epoch", "done", "steps", "moves"))
+        self.losses = held["losses"]
         self.healthy = held["healthy"]
         self.centroids.restore(held["centroids"].to(input_device(self.model)))
         if self.balanced is not None:

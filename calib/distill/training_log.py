@@ -28,6 +28,7 @@ class LoggedEpoch:
     loss: float
     learning_rate: float
     peak_term: float | None = None
+    cmi: float | None = None
 
 
 class TrainingLog:
@@ -69,7 +70,7 @@ class TrainingLog:
         beside.write_text(text.getvalue(), encoding="utf-8")
         beside.replace(self._path)
         if self._events is not None:
-            for key in ("loss", "learning_rate", "peak_term"):
+            for key in ("loss", "learning_rate", "peak_term", "cmi"):
                 value = getattr(row, key)
                 if value is not None:
                     self._events.add_scalar(f"{training}/{key}", value, row.steps)
@@ -97,6 +98,7 @@ def read_log(path: Path) -> list[LoggedEpoch]:
                     loss=float(row["loss"]),
                     learning_rate=float(row["learning_rate"]),
                     peak_term=float(row["peak_term"]) if row["peak_term"] else None,
+                    cmi=float(row["cmi"]) if row.get("cmi") else None,
                 )
                 for row in csv.DictReader(file)
             ]

@@ -18,6 +18,7 @@ from calib.distill.information import ClassInformation
 from calib.distill.network_folder import save_network
 from calib.distill.networks import make_network
 from calib.distill.task import ClassificationTask
+from calib.distill.training_log import read_log
 from calib.schema.distill import ImageInput
 
 
@@ -108,6 +109,12 @@ def test_run_writes_a_report_and_prints_it(vectors: Path, capsys: pytest.Capture
         "student-0-full-kd-control-plain",
         "student-0-full-kd-mcmi-plain",
     }
+    rows = {row.training: row for row in read_log(vectors / "out" / "log.csv")}
+    report = json.loads((vectors / "out" / "report.json").read_text())
+    cmi = {row["teacher"]: row["train"]["cmi"] for row in report["teachers"]}
+    assert rows["seed 0, teacher, lambda 0.25"].cmi == pytest.approx(cmi["mcmi"])
+    assert rows["seed 0, teacher, lambda 0"].cmi == pytest.approx(cmi["control"])
+    assert rows["seed 0, teacher"].cmi is None
     assert run(*arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(*arguments, "--overwrite", "--json") == 0

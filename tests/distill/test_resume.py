@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calib.distill.centroids import ClassBalancedBatches
 from calib.distill.checkpoint import Checkpoint
+from calib.distill.distillation import EpochRecord
 from calib.distill.networks import make_network
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.quantized import FakeQuantization, PeakControl
@@ -135,9 +136,15 @@ def test_a_fine_tuning_goes_on_from_any_step(
     sampler = ClassBalancedBatches([int(y) for y in mixture.train.tensors[1]])
     balanced = DataLoader(mixture.train, batch_sampler=sampler) if refresh == "ema" else None
 
+    logs: dict[bool, dict[tuple[str, int], EpochRecord]] = {
+        True: {},
+        False: {},
+    }  # as a log keeps them, whole and broken
+
     def tuned(folder: Path | None, kill: int) -> tuple[nn.Module, Any]:
         model = mixture.copy()
         loader = mixture.loader("validation", shuffle=False)
+        log = logs[folder is None]
         run = fine_tune(
             model,
             mixture.loader(),
@@ -146,6 +153,7 @@ def test_a_fine_tuning_goes_on_from_any_step(
             validation=loader,
             balanced=balanced,
             checkpoints=folder,
+            log=lambda name, record: log.update({(name, record.epoch): record}),
         )
         return model, run
 
@@ -156,6 +164,8 @@ def test_a_fine_tuning_goes_on_from_any_step(
     broken, again = tuned(tmp_path, 10**9)
     assert equal(whole, broken)
     assert again == run
+    assert logs[True] == logs[False]
+    assert list(logs[True]) == [("teacher, lambda 0.5", epoch) for epoch in (1, 2, 3)]
     read, third = tuned(tmp_path, 0)
     assert equal(whole, read)
     assert third == run

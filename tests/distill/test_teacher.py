@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from calib.distill.centroids import ClassBalancedBatches
 from calib.distill.cmi import measure_information
+from calib.distill.distillation import EpochRecord
 from calib.distill.guard import CollapseGuard, GuardLimits
 from calib.distill.optimiser import OptimiserSettings
 from calib.distill.sweep import sweep_strength
@@ -41,6 +42,22 @@ def test_the_teacher_is_fine_tuned_in_place_and_measured_as_reported(mixture: An
     assert len(run.epochs) == 2
     assert measure_information(teacher, mixture.loader(shuffle=False))[0].summary().cmi == pytest.approx(run.after.cmi)
     assert not torch.equal(teacher[0].weight, mixture.teacher[0].weight)
+
+
+def test_epochs_are_logged_with_what_is_minimised_and_the_cmi_after_them(mixture: Any) -> None:
+    logged: list[tuple[str, EpochRecord]] = []
+    settings = replace(SETTINGS, epochs=1, optimiser=OptimiserSettings("sgd", 1e-9))  # hardly moves
+    whole = DataLoader(mixture.train, batch_size=len(mixture.train) // 2)  # a mean over batches is one over samples
+    teacher = mixture.copy()
+    run = fine_tune(
+        teacher, whole, settings, name="seed 3, teacher", log=lambda name, record: logged.append((name, record))
+    )
+    [(name, record)] = logged
+    assert name == "seed 3, teacher, lambda 0.5"
+    assert (record.epoch, record.steps) == (1, len(whole))
+    assert len(whole) == 2
+    assert record.loss == pytest.approx(-run.before.log_likelihood - 0.5 * run.before.cmi, abs=1e-4)
+    assert record.cmi == run.after.cmi
 
 
 def test_the_same_seed_gives_the_same_teacher_and_leaves_the_generator_alone(mixture: Any) -> None:
