@@ -23,7 +23,7 @@ from calib.errors import ModelError, UsageError
 from calib.measurement.artifact import Measurement
 from calib.measurement.head import can_skip_head, without_head
 from calib.models.device import input_device
-from calib.models.takes import text_inputs
+from calib.models.takes import text_inputs, writes
 from calib.quantized import QuantizationPlan, QuantizedModel
 from calib.quantized.hessian import collect_hessians, compensated
 from calib.statistics.observation import REST
@@ -47,6 +47,9 @@ def prefix(trials: Trials, best: Trial) -> Trial | None:
     """Smoothing again, behind each of the best prefixes; the better one."""
     if not trials.predicts:
         trials.skipped["prefix"] = "the model predicts no tokens, so nothing can be put in front"
+        return None
+    if writes(trials.model):
+        trials.skipped["prefix"] = "its encoder reads without a cache, and in that a prefix would have to be"
         return None
     found = find_prefixes(trials.opened, trials.blocks)
     if not found:

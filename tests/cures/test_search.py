@@ -371,7 +371,7 @@ def test_why_no_prefix_was_tried_is_said(
     opened = open_model(tiny_gpt2, device="cpu")  # learned 512 positions
     blocks = build_blocks(["builtin:speeches"], opened.tokenizer, samples=1, max_length=length)
     monkeypatch.setattr("calib.cures.rungs.find_prefixes", lambda opened, blocks: [])
-    trials: Any = SimpleNamespace(opened=opened, blocks=blocks, predicts=True, skipped={})
+    trials: Any = SimpleNamespace(opened=opened, model=opened.model, blocks=blocks, predicts=True, skipped={})
     best: Any = None
     assert RUNGS["prefix"](trials, best) is None
     assert said in trials.skipped["prefix"]
@@ -381,10 +381,12 @@ def test_every_rung_runs_a_decoder_that_makes_up_nothing(blocks: TokenBlocks, ti
     opened = replace(open_model(tiny_llama, device="cpu"), model=build("t5"))
     few = blocks.rewritten(blocks.input_ids % 300, "within the vocabulary")
     measurement = measure(opened, few.select(range(8)), MeasureOptions(batch_size=4))
-    options = CureOptions(cures=("resample", "compensate"), bits=4, target=1.0)
+    options = CureOptions(cures=("prefix", "resample", "compensate"), bits=4, target=1.0)
     cured = find_cure(opened, measurement, few.select(range(8)), few.select(range(8, 12)), options)
     assert any(row.name.endswith("compensate") for row in cured.rows)
     assert "resample" not in cured.skipped
+    assert cured.candidate.prefix is None  # which no encoder could hold
+    assert "encoder reads without a cache" in cured.skipped["prefix"]
 
 
 def test_candidates_are_worth_the_same_whatever_they_are_computed_in(
