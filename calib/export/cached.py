@@ -26,10 +26,15 @@ def cached_ranges(request: ExportRequest) -> dict[str, AttentionRange]:
     held = {name: kv for name, kv in measured.items() if _is_held(request, name)}
     if not held:
         raise ModelError(
-            f"{request.scales.model.name}: readers of this format hold no scales of keys and values for attention like "
-            f"{next(iter(measured))}; export without them"
+            f"{request.scales.model.name}: readers of this format hold no scales of keys and values for "
+            f"{_kind(request, next(iter(measured)))}; "
+            + ("export without --kv-cache" if request.kv_cache else "choose another format")
         )
     return held
+
+
+def _kind(request: ExportRequest, attention: str) -> str:
+    return attention if request.model is None else type(request.model.model.get_submodule(attention)).__name__
 
 
 def _is_held(request: ExportRequest, attention: str) -> bool:
