@@ -12,7 +12,7 @@ __all__ = ["CACHED_PROJECTIONS", "cached_ranges"]
 CACHED_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 """Attention whose keys and values a serving stack caches has one of these layers.
 
-Source: compressed-tensors 0.20, `is_cached_attention_module`; vLLM's `maybe_remap_kv_scale_name` reads the same.
+Source: compressed-tensors 0.20, `is_cached_attention_module`; of vLLM's own names, `maybe_remap_kv_scale_name`.
 """
 
 
