@@ -32,6 +32,8 @@ def cure_options(function: Any) -> Any:
         click.option("--keep", default=0, show_default=True, help="With --cure: most layers left in float."),
         click.option(
             "--target",
+            "--budget",
+            "target",
             default=1.01,
             show_default=True,
             help="With --cure: the search stops when perplexity over that of the float model is surely below.",

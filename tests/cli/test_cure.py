@@ -19,9 +19,10 @@ def test_cures_write_a_checkpoint_that_transformers_loads_and_say_what_each_boug
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "int8"
-    code = run("quantize", tiny_llama, "-o", out, *SMALL, "--cure", "smooth,compensate", "--target", 1.0, "--keep", 1)
+    code = run("quantize", tiny_llama, "-o", out, *SMALL, "--cure", "smooth,compensate", "--budget", 1.0, "--keep", 1)
     printed = capsys.readouterr().out
     assert code == 0, printed
+    assert "the target of 1 on" in printed
     assert "verified on blocks" in printed
     record = json.loads((out / "cures.json").read_text())
     assert record["rows"][0]["name"] == "none"
