@@ -60,16 +60,15 @@ def _trial(found: OpenedModel, samples: int, max_length: int) -> tuple[dict[str,
     import torch
 
     from calib.measurement.head import takes_cache
-    from calib.models.takes import takes, writes
+    from calib.models.takes import generates, takes, writes
 
-    model: Any = found.model
+    model = found.model
     kinds = takes(model)
     inputs: dict[str, Any] = {}
     if "text" in kinds or not kinds:
         inputs["input_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs |= {"use_cache": False} if takes_cache(model) else {}
-    compares = "text" in kinds and not getattr(model, "can_generate", bool)()  # texts with pictures or sound, as CLIP
-    if not inputs or (compares and len(kinds) > 1):
+    if not inputs or (len(kinds) > 1 and not generates(model)):  # CLIP compares texts with pictures, and needs both
         inputs |= _media(found, kinds - {"text"})
     if writes(model):
         inputs["decoder_input_ids"] = torch.zeros(1, 1, dtype=torch.long)

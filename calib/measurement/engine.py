@@ -28,7 +28,7 @@ from calib.measurement.weights import measure_weights
 from calib.models import OpenedModel, check_token_ids
 from calib.models.device import input_device
 from calib.models.evaluating import evaluating
-from calib.models.takes import parameters_of, writes
+from calib.models.takes import generates, parameters_of, writes
 from calib.schema.provenance import RunProvenance
 
 __all__ = ["MeasureOptions", "measure", "resume"]
@@ -279,8 +279,7 @@ def _settle(opened: OpenedModel, blocks: Rows, rows: np.ndarray[Any, Any], devic
 def _check_generation(opened: OpenedModel, blocks: Rows, generate: int) -> None:
     if generate < 0:
         raise UsageError(f"--generate {generate}: negative; pass a number of tokens")
-    can = getattr(opened.model, "can_generate", None)
-    if generate and not (can is not None and can()):
+    if generate and not generates(opened.model):
         raise UsageError(f"--generate: {type(opened.model).__name__} does not generate; leave the option out")
     if generate and blocks.provenance.layout == "documents":
         raise UsageError("--generate: needs blocks of equal length; pass --layout blocks")

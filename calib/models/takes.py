@@ -10,7 +10,7 @@ from torch import nn
 
 from calib.models.device import input_device
 
-__all__ = ["parameters_of", "takes", "text_inputs", "writes"]
+__all__ = ["generates", "parameters_of", "takes", "text_inputs", "writes"]
 
 _KINDS = {
     "input_ids": "text",
@@ -34,15 +34,19 @@ def parameters_of(model: nn.Module) -> frozenset[str] | None:
     return frozenset(parameter.name for parameter in parameters)
 
 
+def generates(model: nn.Module) -> bool:
+    """Whether the model writes text, token by token."""
+    can = getattr(model, "can_generate", None)
+    return can is not None and bool(can())
+
+
 def writes(model: nn.Module) -> bool:
     """Whether a decoder with tokens of its own writes what the model is asked for."""
     config = getattr(model, "config", None)
-    can = getattr(model, "can_generate", None)
     return (
         bool(getattr(config, "is_encoder_decoder", False))
         and "decoder_input_ids" in inspect.signature(model.forward).parameters
-        and can is not None
-        and bool(can())
+        and generates(model)
     )
 
 

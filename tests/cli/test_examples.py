@@ -167,15 +167,6 @@ def test_a_picture_and_a_text_without_a_chat_template(root: Path, model: Callabl
     assert {name.partition(".")[0] for name in found.sites} >= {"text_model", "vision_model"}
 
 
-def test_sites_of_a_model_that_compares_texts_with_pictures(
-    model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("sites", model("clip"), "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["not_reached"] == []
-    assert {site["name"].partition(".")[0] for site in found["sites"]} >= {"text_model", "vision_model"}
-
-
 def test_text_alone_names_the_tower_that_saw_nothing(
     root: Path, model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,14 +174,6 @@ def test_text_alone_names_the_tower_that_saw_nothing(
     assert code == 3
     assert "every_modality" in (line := one_line(capsys.readouterr().err))
     assert "model.vision_tower" in line
-
-
-def test_text_alone_is_not_enough_for_a_model_that_compares_it_with_pictures(
-    root: Path, model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = run("measure", model("clip"), "-d", root / "text.jsonl", "--max-length", "16", "-o", tmp_path / "m", "-q")
-    assert code == 1
-    assert "that -d has all that it needs: it takes more than text" in one_line(capsys.readouterr().err)
 
 
 def test_sound_with_a_transcript_and_without(root: Path, model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -387,19 +387,3 @@ def test_every_rung_runs_a_decoder_that_makes_up_nothing(blocks: TokenBlocks, ti
     assert "resample" not in cured.skipped
     assert cured.candidate.prefix is None  # which no encoder could hold
     assert "encoder reads without a cache" in cured.skipped["prefix"]
-
-
-def test_candidates_are_worth_the_same_whatever_they_are_computed_in(
-    opened: OpenedModel, blocks: TokenBlocks, measurement: Measurement, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: dict[bool, Trial] = {}
-    for fast in (False, True):
-        monkeypatch.setattr("calib.cures.trials.has_fast_int8", lambda device, fast=fast: fast)
-        trials = Trials(opened, measurement, blocks, blocks.select(range(4)), CureOptions(), lambda line: None)
-        candidate = Candidate(8, True, measurement, measurement)
-        with trials.quantized(candidate) as quantized:
-            assert quantized.mode == ("int8" if fast else "fake")
-            assert not quantized.not_int8
-        found[fast] = trials.attempt(candidate)
-    np.testing.assert_allclose(found[True].score.divergence, found[False].score.divergence, rtol=0.05)
-    assert found[False].score.mean > 0

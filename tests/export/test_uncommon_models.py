@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from calib.corpus import build_blocks
 from calib.errors import ModelError
@@ -112,39 +113,32 @@ def test_llama_cpp_knows_the_text_half_of_a_model_by_the_name_of_the_whole(llama
         gguf_names(of("xlnet"), weights)
 
 
+def mixture(tiny_llama: Path, folder: Path, name: str, config: str, **settings: Any) -> Lab:
+    """A model with two layers of four experts each, and the tokenizer of the tiny Llama."""
+    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(
+        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], hidden_size=32,
+        intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, **settings,
+    )  # fmt: skip
+    getattr(transformers, name)(made).save_pretrained(folder)
+    return lab(folder)
+
+
 @pytest.fixture(scope="module")
 def llama4(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Two layers of experts; its router is a linear layer."""
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
-
-    torch.manual_seed(0)
+    """Its router is a linear layer."""
+    settings = {"num_attention_heads": 4, "head_dim": 8, "intermediate_size_mlp": 48, "num_experts_per_tok": 1}
     folder = tmp_path_factory.mktemp("llama4")
-    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
-    config = Llama4TextConfig(
-        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], hidden_size=32,
-        intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    Llama4ForCausalLM(config).save_pretrained(folder)
-    return lab(folder)
+    return mixture(tiny_llama, folder, "Llama4ForCausalLM", "Llama4TextConfig", **settings)
 
 
 @pytest.fixture(scope="module")
 def jetmoe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Experts in attention and feed-forward; a router holds a linear layer and chooses after it."""
-    from transformers import JetMoeConfig, JetMoeForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("jetmoe")
-    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
-    config = JetMoeConfig(
-        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], hidden_size=32,
-        intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16, num_local_experts=4,
-        num_experts_per_tok=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    JetMoeForCausalLM(config).save_pretrained(folder)
-    return lab(folder)
+    """Experts in attention too; a router holds a linear layer and chooses after it."""
+    settings = {"kv_channels": 16, "num_experts_per_tok": 2}
+    return mixture(tiny_llama, tmp_path_factory.mktemp("jetmoe"), "JetMoeForCausalLM", "JetMoeConfig", **settings)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("llama4", "feed_forward.router"), ("jetmoe", "mlp.router.layer")])
@@ -183,6 +177,15 @@ def test_no_scales_of_keys_and_values_where_no_reader_holds_them(to: str, bert: 
 
 
 def test_scales_of_keys_and_values_without_the_model(bert: Lab, llama: Lab, tmp_path: Path) -> None:
-    export_scales(llama.scales(), tmp_path / "kv", to="sglang-kv")
+    scales = llama.scales()
+    export_scales(scales, tmp_path / "kv", to="sglang-kv")
+    assert load_scales(tmp_path / "kv").model == scales.model
+    towers = {f"tower.{name}": tensor for name, tensor in scales.tensors.items() if name.endswith((":key", ":value"))}
+    towers |= {"tower.model.layers.0.self_attn.k_proj:input": next(iter(scales.tensors.values()))}
+    with pytest.raises(ModelError, match="second attention of layer 0"):
+        export_scales(
+            scales.model_copy(update={"tensors": {**scales.tensors, **towers}}), tmp_path / "two", to="sglang-kv"
+        )
+    assert not (tmp_path / "two").exists()
     with pytest.raises(ModelError, match="readers of this format hold no scales of keys and values"):
         export_scales(bert.scales(), tmp_path / "out", to="sglang-kv")
